@@ -1,0 +1,1 @@
+"""The controller: admission, routing, recovery; and how a front end talks to replicas."""

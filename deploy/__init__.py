@@ -1,0 +1,1 @@
+"""What users touch: the OpenAI API, the command line, metrics."""

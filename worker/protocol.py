@@ -1,0 +1,253 @@
+"""What crosses between client, controller and replica: requests, sampling parameters, outputs, errors.
+
+Plain frozen dataclasses and msgpack; nothing here imports torch or ray. Whoever decodes bytes that came over the
+wire gets exactly these types or `BadRequest`; bounds are checked in one place, `worker.door`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgpack
+
+
+class QuireError(Exception):
+    """Base of the errors that a client may see."""
+
+
+class BadRequest(QuireError):
+    """The request itself is wrong; sending it again will not help.
+
+    `field` is the API field at fault, `limit` (in `message`) what would have been accepted.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+class Overloaded(QuireError):
+    """The bounded queue is full; the same request may be accepted in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ReplicaLost(QuireError):
+    """The replica that ran the request is gone, or refuses work because it is leaving."""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends. Defaults are vLLM's and OpenAI's.
+
+    Attributes:
+        n: sequences generated for each prompt; they share the prompt's pages.
+        max_tokens: output tokens at most; None means up to the model's limit.
+        min_tokens: output tokens before end-of-sequence, stop token ids or stop strings may end the sequence.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1]; 1 is off.
+        top_k: most likely tokens kept; 0 is off (-1 is accepted and means off).
+        min_p: tokens below `min_p * max probability` are dropped; 0 is off.
+        presence_penalty, frequency_penalty: over output tokens, in [-2, 2].
+        repetition_penalty: over prompt and output tokens, > 0; 1 is off.
+        logit_bias: token id -> value added to the logit, in [-100, 100].
+        seed: key of the counter-based random numbers; None lets the engine choose one.
+        logprobs: how many alternatives to report for each output token; 0 reports the chosen token alone.
+        prompt_logprobs: the same for prompt tokens (OpenAI's `echo` with `logprobs`); turns prefix reuse off.
+        stop: strings that end the text; applied where tokens become text, not by the engine.
+        stop_token_ids: tokens that end the sequence.
+        ignore_eos: go on past the end-of-sequence token.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One client request: every prompt in it is admitted, or none is.
+
+    Attributes:
+        request_id: unique among live requests; the `id` that the client sees.
+        prompts: token ids, one tuple for each prompt. Choice `i * n + k` is sequence k of prompt i.
+        params: shared by all sequences.
+        priority: lower runs first (0 is the default); ties go by arrival.
+        tenant: the authenticated caller; salts the prefix cache, so that tenants never share pages.
+    """
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams = SamplingParams()
+    priority: int = 0
+    tenant: str = ""
+
+    def to_wire(self) -> bytes:
+        """This request as msgpack."""
+        return msgpack.packb(asdict(self), use_bin_type=True)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_wire(data: bytes) -> GenerateRequest:
+        """The inverse of `to_wire`. Field names are checked here; types and bounds by `worker.door.check`.
+
+        Raises:
+            BadRequest: the bytes are not msgpack, or a field is unknown or missing.
+        """
+        try:
+            raw = msgpack.unpackb(data, strict_map_key=False, use_list=False)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise BadRequest("request", f"not msgpack: {error}") from None
+        body = _known_fields("request", raw, GenerateRequest)
+        body["params"] = SamplingParams(**_known_fields("params", body.get("params", {}), SamplingParams))
+        for name in ("request_id", "prompts"):
+            if name not in body:
+                raise BadRequest(name, "is missing")
+        return GenerateRequest(**body)
+
+
+def _known_fields(name: str, raw: Any, of: type) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise BadRequest(name, "must be a map")
+    known = {f.name for f in fields(of)}
+    for key in raw:
+        if key not in known:
+            raise BadRequest(f"{name}.{key}", "unknown field")
+    return dict(raw)
+
+
+class TokenLogprob(NamedTuple):
+    """Natural-log probability of one token, from the model's distribution before any penalty, bias or temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely (token, logprob), best first; its length is `logprobs`
+
+
+class SequenceOutput(NamedTuple):
+    """What one sequence gained in one step.
+
+    Attributes:
+        request_id, choice: which sequence (`choice = prompt_index * n + k`).
+        index: position of `tokens[0]` among the sequence's output tokens; makes duplicates and gaps visible.
+        tokens: new output tokens (may be empty when only the end or prompt logprobs are reported).
+        finish: None while the sequence goes on; set exactly once, on its last output.
+        stop_token: the stop token id (or end-of-sequence id) that ended the sequence, if one did; it is the last of `tokens`.
+        cached_tokens: prompt tokens taken from the prefix cache; sent with the first output, else None.
+        logprobs: one for each of `tokens`, or None when not asked for.
+        prompt_logprobs: one for each prompt token from the second on; with the first output, when asked for.
+        error: the message for `FinishReason.ERROR`.
+    """
+
+    request_id: str
+    choice: int
+    index: int
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+
+
+class EngineStats(NamedTuple):
+    """Counters and gauges of one replica, as they stand after a step. Counters only grow."""
+
+    steps: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    pages_active: int
+    pages_reserved: int
+    prompt_tokens: int
+    output_tokens: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    recomputed_tokens: int
+    preemptions: dict[str, int]  # by action
+    step_seconds: float  # time spent in steps, in all
+
+
+class ModelInfo(NamedTuple):
+    """What the front end must know of the model that a replica serves."""
+
+    name: str
+    path: str  # directory or file, for the tokenizer
+    max_model_len: int  # prompt and output, in tokens
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    created_s: int  # unix time of the replica's start
+
+
+class Frame(NamedTuple):
+    """All that one step of a replica has for one ingress. `number` counts this stream's frames without gaps."""
+
+    replica_id: str
+    epoch: int
+    number: int
+    outputs: tuple[SequenceOutput, ...]
+    stats: EngineStats | None = None  # on heartbeats (at least every second, also when idle)
+
+
+def pack_frame(frame: Frame) -> bytes:
+    """A frame as msgpack arrays (field names do not travel)."""
+    return msgpack.packb(frame, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def unpack_frame(data: bytes) -> Frame:
+    """The inverse of `pack_frame`."""
+    replica_id, epoch, number, outputs, stats = msgpack.unpackb(data, strict_map_key=False, use_list=False)
+    return Frame(replica_id, epoch, number, tuple(map(_output, outputs)), EngineStats(*stats) if stats else None)
+
+
+def _output(raw: tuple[Any, ...]) -> SequenceOutput:
+    request_id, choice, index, tokens, finish, stop_token, cached, logprobs, prompt_logprobs, error = raw
+    return SequenceOutput(
+        request_id,
+        choice,
+        index,
+        tokens,
+        FinishReason(finish) if finish else None,
+        stop_token,
+        cached,
+        tuple(TokenLogprob(*lp) for lp in logprobs) if logprobs is not None else None,
+        tuple(TokenLogprob(*lp) for lp in prompt_logprobs) if prompt_logprobs is not None else None,
+        error,
+    )
