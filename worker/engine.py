@@ -1,0 +1,188 @@
+"""One engine: requests in, outputs out, one step at a time. Knows neither threads nor Ray.
+
+    plan = scheduler.plan();  result = runner.run(plan);  outputs = scheduler.apply(result)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from .config import EngineOptions
+from .door import Door
+from .page_pool import PagePool
+from .plan import StepPlan, StepResult
+from .protocol import BadRequest, EngineStats, GenerateRequest, ModelInfo, Overloaded, SequenceOutput
+from .scheduler import Scheduler
+from .sequence import Sequence, sequence_seed
+
+Progress = Callable[[int, int], None]
+
+
+class Runner(Protocol):
+    """Whatever computes a plan: the model runner, or in tests something quicker."""
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Requests that ended per second, smoothed: what Retry-After is computed from."""
+
+    per_s: float = 0.0
+    since_s: float = 0.0
+    ended: int = 0
+
+    def count(self, ended: int, now_s: float) -> None:
+        self.ended += ended
+        if now_s - self.since_s >= 1.0:
+            latest = self.ended / (now_s - self.since_s)
+            self.per_s = latest if self.per_s == 0.0 else 0.7 * self.per_s + 0.3 * latest
+            self.since_s, self.ended = now_s, 0
+
+
+class Engine:
+    """One replica's engine. Not thread-safe: `EngineLoop` owns the thread that calls it.
+
+    Args:
+        scheduler, runner: the deciding and the computing half.
+        door: checks every request.
+        info: what front ends are told of the model.
+        max_waiting: sequences that may wait.
+        seed: where the seeds of requests without one come from.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, door: Door, info: ModelInfo, max_waiting: int, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.door = door
+        self.info = info
+        self._max_waiting = max_waiting
+        self._seed = seed
+        self._arrivals = 0
+        self._sequences = 0
+        self._step_s = 0.0
+        self._rate = _Rate(since_s=time.monotonic())
+
+    def submit(self, request: GenerateRequest) -> GenerateRequest:
+        """Check a request and queue all its sequences; the request in canonical form.
+
+        Raises:
+            BadRequest: it is malformed, too large, or its id is in use.
+            Overloaded: the queue is full.
+        """
+        request = self.door.check(request)
+        if self.scheduler.has_request(request.request_id):
+            raise BadRequest("request_id", f"{request.request_id!r} is in use")
+        choices = len(request.prompts) * request.params.n
+        places = self.scheduler.max_running - len(self.scheduler.running) + self._max_waiting
+        if self.scheduler.num_waiting + choices > places:
+            raise Overloaded(f"the queue is full: {self.scheduler.num_waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
+        self._arrivals += 1
+        self.scheduler.add(self._sequences_of(request))
+        return request
+
+    def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
+        """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""
+        return self.scheduler.abort(request_id, choice)
+
+    def step(self) -> list[SequenceOutput]:
+        """Compute one step; what each sequence gained. Nothing to do gives an empty list."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        started_s = time.monotonic()
+        outputs = self.scheduler.apply(self.runner.run(plan))
+        now_s = time.monotonic()
+        self._step_s += now_s - started_s
+        self._rate.count(sum(o.finish is not None for o in outputs), now_s)
+        return outputs
+
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return self.scheduler.idle()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as they stand."""
+        c, pages = self.scheduler.counters, self.scheduler.pool.counts()
+        return EngineStats(
+            steps=c.steps,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting,
+            pages_total=pages.total,
+            pages_free=pages.free,
+            pages_cached=pages.cached,
+            pages_active=pages.active,
+            pages_reserved=pages.reserved,
+            prompt_tokens=c.prompt_tokens,
+            output_tokens=c.output_tokens,
+            prefix_query_tokens=c.prefix_query_tokens,
+            prefix_hit_tokens=c.prefix_hit_tokens,
+            recomputed_tokens=c.recomputed_tokens,
+            preemptions=dict(c.preemptions),
+            step_seconds=self._step_s,
+        )
+
+    def _retry_after_s(self) -> float:
+        """How long the sequences that wait will take to get a place, at the measured rate; between 1 and 60 seconds."""
+        return min(max(self.scheduler.num_waiting / self._rate.per_s, 1.0), 60.0) if self._rate.per_s else 1.0
+
+    def _sequences_of(self, request: GenerateRequest) -> list[Sequence]:
+        params, sequences = request.params, []
+        root = self.scheduler.pool.root(request.tenant)
+        for i, prompt in enumerate(request.prompts):
+            seed = sequence_seed(self._seed, self._arrivals * 2**16 + i + 1) if params.seed is None else params.seed
+            leader = None
+            for k in range(params.n):
+                choice = i * params.n + k
+                s = Sequence(
+                    seq=self._sequences,
+                    request_id=request.request_id,
+                    choice=choice,
+                    tokens=list(prompt),
+                    prompt_len=len(prompt),
+                    params=params,
+                    max_tokens=self.door.longest(len(prompt)) if params.max_tokens is None else params.max_tokens,
+                    seed=sequence_seed(seed, k),
+                    root=root,
+                    order=(request.priority, self._arrivals, choice),
+                    leader=leader,
+                )
+                leader = leader or s
+                self._sequences += 1
+                sequences.append(s)
+        return sequences
+
+
+def build_engine(options: EngineOptions, progress: Progress | None = None) -> Engine:
+    """Load the model and make an engine around it.
+
+    Args:
+        options: what to serve, and with how much.
+        progress: called with (done, total) while weights load.
+
+    Raises:
+        ValueError: an option or the model is not supported; names it.
+    """
+    from .runner import build_runner  # here, so that the deciding half can be used and tested without torch
+
+    runner, sizes = build_runner(options, progress)
+    scheduler_options = options.scheduler
+    pool = PagePool(sizes.pages, options.cache.page_size, sizes.hash_key, options.cache.prefix_cache)
+    max_running = min(scheduler_options.max_running, scheduler_options.max_batch_tokens)
+    return Engine(
+        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, sizes.info.eos_token_ids),
+        runner,
+        Door(
+            limits=options.limits,
+            vocab_size=sizes.info.vocab_size,
+            max_model_len=sizes.info.max_model_len,
+            pool_tokens=sizes.pages * options.cache.page_size,
+            max_sequences=max_running + scheduler_options.max_waiting,
+        ),
+        sizes.info,
+        scheduler_options.max_waiting,
+        options.model.seed,
+    )

@@ -1,0 +1,215 @@
+"""The thread that steps an engine, and the frames that it sends to each ingress.
+
+Everything that changes the engine happens on this thread, between steps. `submit` checks and queues a request on it and
+waits for the answer, so that a refusal reaches the caller at once; that wait is at most one step long.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+from .engine import Engine
+from .protocol import BadRequest, EngineStats, Frame, GenerateRequest, ReplicaLost, SequenceOutput, pack_frame
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Deliver = Callable[[bytes], None]
+
+
+class _Subscriber:
+    """One ingress: where its frames go, and which requests are its own."""
+
+    def __init__(self, deliver: Deliver) -> None:
+        self.deliver = deliver
+        self.number = 0
+        self.requests: dict[str, int] = {}  # request id -> sequences still alive
+
+
+class EngineLoop:
+    """Runs an engine on a thread of its own.
+
+    Args:
+        engine: not to be touched by anybody else from now on.
+        replica_id, epoch: who the frames say they come from.
+        heartbeat_s: at least this often every ingress gets a frame with stats, also when idle.
+        on_death: called on the engine thread, with the exception, when a step raised; nothing runs after it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        replica_id: str,
+        epoch: int,
+        heartbeat_s: float = 0.5,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._replica_id = replica_id
+        self._epoch = epoch
+        self._heartbeat_s = heartbeat_s
+        self._on_death = on_death
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._subscribers: dict[str, _Subscriber] = {}
+        self._owner: dict[str, str] = {}  # request id -> ingress
+        self._stopping = False
+        self._stats = engine.stats()
+        self._thread = threading.Thread(target=self._run, name=f"engine-{replica_id}", daemon=True)
+        self.dead: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stop after the step that runs now; requests that are alive get no further output.
+
+        Raises:
+            TimeoutError: the step took longer than `timeout_s`.
+        """
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the engine did not stop within {timeout_s} s")
+
+    def stats(self) -> EngineStats:
+        """As they stood after the latest step."""
+        return self._stats
+
+    def idle(self) -> bool:
+        """Nothing ran or waited after the latest step."""
+        return self._stats.running == 0 and self._stats.waiting == 0
+
+    def subscribe(self, ingress: str, deliver: Deliver) -> None:
+        """Send frames for `ingress` to `deliver` (called on the engine thread; must not block), a heartbeat first."""
+        self._post(partial(self._subscribe, ingress, deliver))
+
+    def unsubscribe(self, ingress: str) -> None:
+        """The ingress is gone: abort its requests and send nothing more."""
+        self._post(partial(self._unsubscribe, ingress))
+
+    def submit(self, ingress: str, request: GenerateRequest, timeout_s: float = 60.0) -> None:
+        """Queue a request whose outputs go to `ingress`.
+
+        Raises:
+            BadRequest, Overloaded: refused.
+            ReplicaLost: the engine is dead or stopping, or knows no such ingress.
+            TimeoutError: the engine did not answer in `timeout_s`.
+        """
+        self.submit_nowait(ingress, request).result(timeout_s)
+
+    def submit_nowait(self, ingress: str, request: GenerateRequest) -> Future[None]:
+        """`submit`, answered through a future."""
+        return self._ask(partial(self._submit, ingress, request))
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one sequence of it, before the next step. Unknown ones are ignored."""
+        self._post(partial(self._abort, request_id, choice))
+
+    # --- the inbox ---
+
+    def _post(self, do: Callable[[], None]) -> None:
+        self._inbox.append(do)
+        self._wake.set()
+
+    def _ask(self, do: Callable[[], T]) -> Future[T]:
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(do())
+            except Exception as error:  # whatever it is belongs to the caller, who gets it from the future
+                answer.set_exception(error)
+
+        if self.dead is not None or self._stopping:
+            answer.set_exception(ReplicaLost(f"replica {self._replica_id} is gone"))
+        else:
+            self._post(run)
+        return answer
+
+    # --- on the engine thread ---
+
+    def _run(self) -> None:
+        beat_s = time.monotonic()
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                while self._inbox:
+                    self._inbox.popleft()()
+                outputs = self._engine.step()
+                now_s = time.monotonic()
+                due = now_s - beat_s >= self._heartbeat_s
+                self._stats = self._engine.stats()
+                if outputs or due:
+                    self._send(outputs, self._stats if due else None)
+                if due:
+                    beat_s = now_s
+                if self._engine.idle():
+                    self._wake.wait(max(self._heartbeat_s - (now_s - beat_s), 0.0))
+        except BaseException as error:
+            log.exception("replica %s: the engine died", self._replica_id)
+            self.dead = error
+            if self._on_death is not None:
+                self._on_death(error)
+        finally:
+            self._stopping = True
+            while self._inbox:  # nobody is left waiting for an answer
+                self._inbox.popleft()()
+
+    def _send(self, outputs: list[SequenceOutput], stats: EngineStats | None) -> None:
+        mine: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            ingress = self._owner.get(output.request_id)
+            if ingress is None:
+                continue
+            mine.setdefault(ingress, []).append(output)
+            if output.finish is not None:
+                self._count_end(ingress, output.request_id)
+        for name in self._subscribers if stats is not None else mine:
+            self._send_one(self._subscribers[name], mine.get(name, []), stats)
+
+    def _send_one(self, to: _Subscriber, outputs: list[SequenceOutput], stats: EngineStats | None) -> None:
+        to.deliver(pack_frame(Frame(self._replica_id, self._epoch, to.number, tuple(outputs), stats)))
+        to.number += 1
+
+    def _count_end(self, ingress: str, request_id: str) -> None:
+        requests = self._subscribers[ingress].requests
+        requests[request_id] -= 1
+        if requests[request_id] == 0:
+            del requests[request_id], self._owner[request_id]
+
+    def _subscribe(self, ingress: str, deliver: Deliver) -> None:
+        self._unsubscribe(ingress)
+        self._subscribers[ingress] = _Subscriber(deliver)
+        self._send_one(self._subscribers[ingress], [], self._engine.stats())
+
+    def _unsubscribe(self, ingress: str) -> None:
+        subscriber = self._subscribers.pop(ingress, None)
+        for request_id in subscriber.requests if subscriber else ():
+            self._engine.abort(request_id)
+            del self._owner[request_id]
+
+    def _submit(self, ingress: str, request: GenerateRequest) -> None:
+        if self._stopping or ingress not in self._subscribers:
+            raise ReplicaLost(f"replica {self._replica_id} has no stream to ingress {ingress!r}")
+        if request.request_id in self._owner:
+            raise BadRequest("request_id", f"{request.request_id!r} is in use")
+        request = self._engine.submit(request)
+        self._owner[request.request_id] = ingress
+        self._subscribers[ingress].requests[request.request_id] = len(request.prompts) * request.params.n
+
+    def _abort(self, request_id: str, choice: int | None) -> None:
+        outputs = self._engine.abort(request_id, choice)
+        if outputs:
+            self._send(outputs, None)

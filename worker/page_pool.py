@@ -1,0 +1,240 @@
+"""The page pool: who holds which page of KV memory. Pure bookkeeping over page ids; it never sees a tensor.
+
+Every page is in exactly one state:
+
+    free      nobody holds it, nothing in it can be found
+    active    `references > 0`: that many block tables (or pins) hold it
+    cached    nobody holds it, but its content is indexed and can be found until the memory is needed
+    reserved  promised to pages in transit (swap in, migration in): not findable, not writable by a step
+
+           allocate                release, not indexed
+    free ------------> active -----------------------------> free
+      ^                 ^  |    release, indexed
+      | evict (LRU)     |  +-------------------------------> cached
+      +---------- cached+ retain (prefix hit)
+    free --reserve--> reserved --commit--> active;  --cancel--> free
+
+Eviction order: `allocate` and `reserve` take free pages first (last freed first, its cache lines are warm), then cached
+pages, least recently released first. A sequence releases its pages from the tail, so of one prefix the head goes last.
+
+The index is keyed by a chained, keyed hash (BLAKE2b, 16 bytes): `hash(page i) = H(key, hash(page i-1) + tokens of page i)`,
+where the chain starts from a hash of the tenant's salt. A hit is verified by comparing the tokens themselves and the parent's
+hash, so a collision can cost a miss, never a wrong answer, and no tenant finds another tenant's pages.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+HASH_BYTES = 16
+
+
+class PoolCorrupt(RuntimeError):
+    """The pool's books do not add up: a bug, never a state to go on from."""
+
+
+class _Entry(NamedTuple):
+    """What an indexed page holds."""
+
+    hash: bytes
+    parent: bytes
+    tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """How many pages are in each state; they add up to `total`."""
+
+    total: int
+    free: int
+    cached: int
+    active: int
+    reserved: int
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as bytes, four for each, in the machine's order."""
+    return array("I", tokens).tobytes()
+
+
+class PagePool:
+    """`total` pages of `page_size` tokens each, ids 0 to total-1.
+
+    Args:
+        total: pages in the pool.
+        page_size: tokens in a page.
+        key: secret of the hash; replicas that exchange pages share it.
+        prefix_cache: False keeps nothing findable.
+    """
+
+    def __init__(self, total: int, page_size: int, key: bytes = b"", prefix_cache: bool = True) -> None:
+        if total < 1 or page_size < 1:
+            raise ValueError(f"a pool needs at least one page of at least one token, not {total} of {page_size}")
+        self.total = total
+        self.page_size = page_size
+        self.references = [0] * total
+        self._key = key
+        self._prefix_cache = prefix_cache
+        self._free = list(range(total - 1, -1, -1))  # a stack: page 0 goes out first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
+        self._reserved: set[int] = set()
+        self._index: dict[bytes, int] = {}
+        self._entries: dict[int, _Entry] = {}
+
+    # --- how much there is ---
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return len(self._free) + len(self._cached)
+
+    def counts(self) -> PoolCounts:
+        """Pages by state."""
+        idle = len(self._free) + len(self._cached) + len(self._reserved)
+        return PoolCounts(self.total, len(self._free), len(self._cached), self.total - idle, len(self._reserved))
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_size)
+
+    # --- taking and giving back ---
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one reference each, all or nothing; None when there are not that many."""
+        if count > self.available:
+            return None
+        pages = [self._take() for _ in range(count)]
+        for page in pages:
+            self.references[page] = 1
+        return pages
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """One more holder for each of `pages` (active or cached)."""
+        for page in pages:
+            if self.references[page] == 0:
+                if page not in self._cached:
+                    raise PoolCorrupt(f"page {page} is neither active nor cached and cannot be shared")
+                del self._cached[page]
+            self.references[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder fewer for each of `pages`, the last page first; what nobody holds becomes cached or free."""
+        for page in reversed(pages):
+            if self.references[page] < 1:
+                raise PoolCorrupt(f"page {page} was released once too often")
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                if page in self._entries:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        page, _ = self._cached.popitem(last=False)
+        del self._index[self._entries.pop(page).hash]
+        return page
+
+    # --- pages in transit ---
+
+    def reserve(self, count: int) -> list[int] | None:
+        """`count` pages for content that is on its way, all or nothing; None when there are not that many."""
+        if count > self.available:
+            return None
+        pages = [self._take() for _ in range(count)]
+        self._reserved.update(pages)
+        return pages
+
+    def commit(self, pages: Sequence[int]) -> None:
+        """The content of reserved `pages` has arrived: they become active with one reference each."""
+        self._leave_transit(pages)
+        for page in pages:
+            self.references[page] = 1
+
+    def cancel(self, pages: Sequence[int]) -> None:
+        """The content of reserved `pages` will not come, or not whole: they become free, and nothing in them findable."""
+        self._leave_transit(pages)
+        self._free.extend(reversed(pages))
+
+    def _leave_transit(self, pages: Sequence[int]) -> None:
+        if not self._reserved.issuperset(pages) or len(set(pages)) != len(pages):
+            raise PoolCorrupt(f"pages {list(pages)} are not all reserved, once each")
+        self._reserved.difference_update(pages)
+
+    # --- copy on write ---
+
+    def writable(self, page: int) -> bool:
+        """Whether its one holder may write into `page`: not shared, not findable."""
+        return self.references[page] == 1 and page not in self._entries
+
+    # --- finding pages by what they hold ---
+
+    def root(self, salt: str) -> bytes:
+        """Where the hash chain of a tenant starts."""
+        return blake2b(salt.encode(), key=self._key, digest_size=HASH_BYTES, person=b"quire-tenant").digest()
+
+    def chain(self, parent: bytes, tokens: bytes) -> bytes:
+        """The hash of a full page that follows the page with hash `parent`."""
+        return blake2b(parent + tokens, key=self._key, digest_size=HASH_BYTES).digest()
+
+    def find(self, root: bytes, tokens: Sequence[int], limit: int) -> tuple[list[int], list[bytes]]:
+        """The longest indexed prefix of `tokens`, at most `limit` pages: page ids (not yet retained) and their hashes."""
+        pages: list[int] = []
+        hashes: list[bytes] = []
+        parent, size = root, self.page_size
+        for start in range(0, limit * size, size):
+            content = token_bytes(tokens[start : start + size])
+            digest = self.chain(parent, content)
+            page = self._index.get(digest)
+            if page is None or self._entries[page] != (digest, parent, content):
+                break
+            pages.append(page)
+            hashes.append(digest)
+            parent = digest
+        return pages, hashes
+
+    def register(self, page: int, parent: bytes, tokens: Sequence[int]) -> bytes:
+        """Make the full, computed, active `page` findable; returns its hash. The first page with a content is the one indexed."""
+        content = token_bytes(tokens)
+        digest = self.chain(parent, content)
+        if self._prefix_cache and digest not in self._index and page not in self._entries:
+            if self.references[page] < 1:
+                raise PoolCorrupt(f"page {page} is not active and cannot be indexed")
+            self._index[digest] = page
+            self._entries[page] = _Entry(digest, parent, content)
+        return digest
+
+    def cached_among(self, pages: Iterable[int]) -> int:
+        """How many of `pages` are cached, that is, count as available until they are retained."""
+        return sum(self.references[page] == 0 for page in pages)
+
+    # --- the books ---
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Count every page against the block tables (and pins) that exist.
+
+        Raises:
+            PoolCorrupt: a page is lost, in two states, or referenced another number of times than tables hold it.
+        """
+        held = Counter(page for table in tables for page in table)
+        free, cached = set(self._free), set(self._cached)
+        if len(free) != len(self._free):
+            raise PoolCorrupt("a page stands twice in the free list")
+        for page, count in enumerate(self.references):
+            if held[page] != count:
+                raise PoolCorrupt(f"page {page} has {count} references but stands in {held[page]} tables")
+            states = (count > 0) + (page in free) + (page in cached) + (page in self._reserved)
+            if states != 1:
+                raise PoolCorrupt(f"page {page} is in {states} states")
+        if not cached <= self._entries.keys():
+            raise PoolCorrupt("a cached page is not indexed")
+        if {entry.hash: page for page, entry in self._entries.items()} != self._index:
+            raise PoolCorrupt("the index and the pages' entries disagree")
+        if (free | self._reserved) & self._entries.keys():
+            raise PoolCorrupt("a free or reserved page is findable")

@@ -1,0 +1,74 @@
+"""A sequence: its tokens, where its sampler stands, and the pages that hold its keys and values.
+
+`num_computed` chases `num_tokens`. There are no phases: a prefill, a prefix hit and a sequence that comes back after a
+preemption differ only in how far apart the two are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from hashlib import blake2b
+
+from .protocol import SamplingParams
+
+
+class State(Enum):
+    """Where the scheduler keeps a sequence."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FOLLOWING = auto()  # waits for its leader's prompt, whose pages it will share
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence of a request. Only the scheduler changes it.
+
+    Attributes:
+        seq: number, unique for the life of the replica.
+        choice: its index among the request's sequences.
+        tokens: prompt, then output.
+        root: where the hash chain of its tenant starts.
+        max_tokens: output tokens at most.
+        order: what scheduling goes by: (priority, arrival, choice); smaller runs first and is preempted last.
+        num_computed: tokens whose K and V are in `pages`.
+        hashes: of the full pages at the head of `pages`, as far as they have been indexed.
+        known_pages: how many of `pages` the runner has been told of; 0 when it does not know the sequence.
+        cached_tokens: prompt tokens found in the prefix cache when it was first admitted; None before.
+        recompute_until: tokens below it were computed before a preemption, so computing them again is a cost.
+        followers: sequences of the same prompt (`n > 1`) that start from its pages.
+    """
+
+    seq: int
+    request_id: str
+    choice: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    root: bytes
+    order: tuple[int, int, int]
+    state: State = State.WAITING
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    known_pages: int = 0
+    cached_tokens: int | None = None
+    recompute_until: int = 0
+    leader: Sequence | None = None
+    followers: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.prompt_len
+
+
+def sequence_seed(seed: int, k: int) -> int:
+    """The random key of sequence `k` of a prompt, in [0, 2**64): the request's own seed for the first, a hash of both after it."""
+    if k == 0:
+        return seed % 2**64
+    return int.from_bytes(blake2b(f"{seed}/{k}".encode(), digest_size=8).digest(), "little")
