@@ -136,10 +136,9 @@ def test_the_last_in_order_gives_way_and_comes_back_at_its_place():
 def test_who_gives_way_leaves_the_step_that_was_planned_for_it():
     engine = hash_engine(pages=8, page_size=4, max_batch_tokens=4)
     engine.submit(request("short", [1, 2, 3], max_tokens=20))
-    engine.step()
+    outputs = engine.step()
     engine.submit(request("long", list(range(1, 25)), priority=-1))
     scheduler, memory = engine.scheduler, engine.runner
-    outputs: list[SequenceOutput] = []
     while not scheduler.counters.preemptions["recompute"]:
         plan = scheduler.plan()  # the decode of "short" comes first, and takes the page that the prompt of "long" needs
         scheduler.check()
