@@ -1,0 +1,63 @@
+"""What every test gets: few threads, no Ray unless it says so, and the way to real data."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: tests share the machine.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that starts Ray, or joins one, fails."""
+    if request.node.get_closest_marker("ray"):
+        return
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        return
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("this test starts Ray; mark it with pytest.mark.ray, or test the undecorated class")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    # Ray also starts itself on the first remote call; that goes through the same function, looked up here.
+    monkeypatch.setattr(ray._private.worker, "init", refuse)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_file() -> Callable[[str], Path]:
+    """`data_file("prompts/shakespeare_sonnets.txt")`: the path of a real data file, or the test is skipped.
+
+    Looked for in $QUIRE_DATA, else in ../shared/data beside the repository.
+    """
+    base = Path(os.environ.get("QUIRE_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name: str) -> Path:
+        path = base / name
+        if not path.is_file():
+            pytest.skip(f"{name} is not in {base}; set QUIRE_DATA to a directory that has it")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No QUIRE_* variable of the developer's shell reaches the command line under test."""
+    for name in [name for name in os.environ if name.startswith("QUIRE_")]:
+        monkeypatch.delenv(name)
