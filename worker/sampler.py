@@ -1,0 +1,184 @@
+"""From logits to tokens, for a whole batch: bias, penalties, temperature, filters, the draw, and log-probabilities.
+
+The order is vLLM's: logit_bias, min_tokens, penalties, then greedy, or temperature, min_p, top_k, top_p and the draw.
+A row's token depends on that row's logits, tokens, parameters, seed and position, never on the rows beside it. A row
+whose logits are not finite gets an error; the other rows do not notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .counter_rng import draw, stream_keys
+from .nucleus import floors, leaders
+from .protocol import SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # a temperature this small cannot be told from greedy in float32
+LEAST_LOGPROB = -9999.0  # reported in place of -inf, which JSON lacks
+_NOT_FINITE = "the model's logits are not finite"
+
+
+class SamplingRow(NamedTuple):
+    """What the sampler must know of one sequence whose next token it draws."""
+
+    params: SamplingParams
+    seed: int  # in [0, 2**64)
+    position: int  # index in the sequence of the token being drawn, prompt included
+    prompt_len: int
+    tokens: npt.NDArray[np.int32]  # prompt and output so far
+
+
+class Drawn(NamedTuple):
+    """The token of one row; `token` means nothing when there is an `error`."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Draws the next token of every row of a batch. Keeps no state between calls."""
+
+    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+        self._eos = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
+        """Draw one token for each row.
+
+        Args:
+            logits: float32 [rows, vocab] on any device, rows contiguous. Used as scratch space: overwritten.
+            rows: in the order of `logits`.
+        """
+        if not rows:
+            return []
+        scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = logits[scored] if scored else None
+        self._edit(logits, rows)
+        tokens, finite = _choose(logits, rows)
+        result = [Drawn(token) if ok else Drawn(0, None, _NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
+        if raw is not None:
+            tops = [rows[i].params.logprobs or 0 for i in scored]
+            for i, logprob in zip(scored, _logprobs(raw, [tokens[i] for i in scored], tops), strict=True):
+                if finite[i]:
+                    result[i] = result[i]._replace(logprob=logprob)
+        return result
+
+    def _edit(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        """Apply logit_bias, min_tokens and the penalties in place, each in one operation for all rows that have it."""
+        bias, banned, repeated, counted = _Cells(), _Cells(), _Cells(), _Cells()
+        for i, row in enumerate(rows):
+            p = row.params
+            if p.logit_bias:
+                bias.add(i, list(p.logit_bias), list(p.logit_bias.values()))
+            if len(row.tokens) - row.prompt_len < p.min_tokens:
+                banned.add(i, [*self._eos, *p.stop_token_ids], -math.inf)
+            if p.repetition_penalty != 1.0:
+                repeated.add(i, row.tokens, p.repetition_penalty)
+            if (p.presence_penalty or p.frequency_penalty) and len(row.tokens) > row.prompt_len:
+                seen, counts = np.unique(row.tokens[row.prompt_len :], return_counts=True)
+                counted.add(i, seen, counts * p.frequency_penalty + p.presence_penalty)
+        if bias:
+            at, values = bias.on(logits.device)
+            logits[at] += values
+        if banned:
+            at, values = banned.on(logits.device)
+            logits[at] = values
+        if repeated:  # a token that occurs twice is read twice and written twice, with the same value
+            at, values = repeated.on(logits.device)
+            old = logits[at]
+            logits[at] = torch.where(old > 0, old / values, old * values)
+        if counted:
+            at, values = counted.on(logits.device)
+            logits[at] -= values
+
+
+class _Cells:
+    """Places in the matrix of logits, and a value for each."""
+
+    def __init__(self) -> None:
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._tokens: list[npt.NDArray[np.int64]] = []
+        self._values: list[npt.NDArray[np.float32]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, row: int, tokens: npt.ArrayLike, values: npt.ArrayLike) -> None:
+        ids = np.asarray(tokens, dtype=np.int64)
+        self._rows.append(np.full(len(ids), row, dtype=np.int64))
+        self._tokens.append(ids)
+        self._values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape))
+
+    def on(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """((rows, tokens), values) as tensors."""
+        rows, tokens, values = (torch.from_numpy(np.concatenate(part)).to(device) for part in (self._rows, self._tokens, self._values))
+        return (rows, tokens), values
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[bool]]:
+    """A token for each row, and whether the row's logits allowed one. Overwrites the logits."""
+    best, peaks = _argmax(logits)
+    finite = [math.isfinite(peak) for peak in peaks.tolist()]
+    drawn = [i for i, row in enumerate(rows) if finite[i] and row.params.temperature >= GREEDY_BELOW]
+    if drawn:
+        whole = len(drawn) == len(rows)
+        scores = logits if whole else logits[drawn]
+        temperature = torch.tensor([rows[i].params.temperature for i in drawn], dtype=torch.float32)
+        _scale(scores, peaks if whole else peaks[drawn], temperature)
+        keys = stream_keys([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
+        for i, token in zip(drawn, draw(scores, floors(scores, [rows[i].params for i in drawn]), keys), strict=True):
+            best[i] = token
+    return best, finite
+
+
+def _argmax(logits: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """The lowest id of the highest logit of each row, and that logit (NaN where the row has one), float32 [rows]."""
+    if logits.device.type == "cpu":  # NumPy's is vectorised, torch's is not
+        ids = torch.from_numpy(logits.numpy().argmax(axis=1))
+    else:
+        ids = logits.argmax(dim=1)
+    return ids.tolist(), logits.gather(1, ids[:, None])[:, 0]
+
+
+def _scale(logits: torch.Tensor, peaks: torch.Tensor, temperature: torch.Tensor) -> None:
+    """logits = (logits - peak) / temperature in place; at most 0, so that no temperature overflows it upwards."""
+    if logits.device.type == "cpu":  # row by row, while the row is in the cache
+        for row, peak, t in zip(logits.numpy(), peaks.numpy(), temperature.numpy(), strict=True):
+            np.subtract(row, peak, out=row)
+            np.divide(row, t, out=row)
+    else:
+        logits.sub_(peaks[:, None]).div_(temperature.to(logits.device)[:, None])
+
+
+def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log-probability of each target under its row of logits [n, vocab], with the `top` most likely tokens."""
+    return _logprobs(logits, targets, [top] * len(targets))
+
+
+def _logprobs(logits: torch.Tensor, targets: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    if logits.device.type == "cpu":
+        return [_row_logprob(row, token, top) for row, token, top in zip(logits.numpy(), targets, tops, strict=True)]
+    logprobs = torch.log_softmax(logits, dim=1)
+    chosen = logprobs.gather(1, torch.tensor(list(targets), device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
+    return [
+        TokenLogprob(token, _reported(own), tuple((t, _reported(v)) for t, v in zip(best[:top], values_[:top], strict=True)))
+        for token, own, top, best, values_ in zip(targets, chosen, tops, ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _row_logprob(logits: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    scores = logits - logits.max()
+    norm = math.log(np.exp(scores).sum(dtype=np.float64)) if np.isfinite(scores).any() else math.nan
+    ids = leaders(scores, top) if top else ()
+    return TokenLogprob(token, _reported(scores[token] - norm), tuple((int(t), _reported(scores[t] - norm)) for t in ids))
+
+
+def _reported(logprob: float) -> float:
+    return max(float(logprob), LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
