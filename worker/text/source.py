@@ -65,7 +65,7 @@ def _from_hub(hub_id: str) -> Path:
     try:
         found = snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT, etag_timeout=_HUB_TIMEOUT_S)
     except LocalEntryNotFoundError:
-        raise ModelNotFound(f"{hub_id}: not in the local cache, and the hub cannot be reached; give a local directory or .gguf file") from None
+        raise ModelNotFound(f"{hub_id}: not in the local cache, and the hub cannot be reached; name a directory or .gguf file") from None
     except HfHubHTTPError as error:
         raise ModelNotFound(f"{hub_id}: the hub does not give it out: {str(error).splitlines()[0]}") from None
     return _inside(Path(found))

@@ -1,0 +1,143 @@
+"""Opens a checkpoint: what the model is, and its tensors one by one under Hugging Face's names.
+
+Only safetensors and GGUF are read. Names and shapes are held against the configuration before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelOptions
+from .model_config import ModelConfig, UnsupportedModel, read_config
+from .text.source import resolve_model
+
+_FLOATS = {"F32", "F16", "BF16", "F64"}
+_HEAD = "lm_head.weight"
+_RECOMPUTED = "rotary_emb.inv_freq"  # old checkpoints carry it; the table is computed from the configuration
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint.
+
+    Attributes:
+        config: of the model in it.
+        path: the directory or file.
+        kind: "safetensors" or "gguf".
+    """
+
+    config: ModelConfig
+    path: Path
+    kind: str
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor that Hugging Face calls `name`, on the CPU, as `dtype`. May share the file's memory: do not write to it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were given out stay valid."""
+        ...
+
+
+def open_checkpoint(options: ModelOptions) -> Checkpoint:
+    """Find and open the model that `options` names; its config carries the served name and length.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        UnsupportedModel: it needs something that is not implemented, named in the message.
+    """
+    path = resolve_model(options.model)
+    if path.suffix == ".gguf":
+        from .gguf_weights import GgufCheckpoint  # imports this module's helpers
+
+        checkpoint: Checkpoint = GgufCheckpoint(path)
+    else:
+        checkpoint = SafetensorsCheckpoint(path)
+    as_typed = options.model if not Path(options.model).expanduser().exists() else None  # an alias or a hub id names the model well
+    checkpoint.config = checkpoint.config.serving(options.max_model_len, options.served_model_name or as_typed)
+    return checkpoint
+
+
+def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """`config` with its head tied when the checkpoint has none of its own.
+
+    Raises:
+        UnsupportedModel: a tensor is missing, has another shape, or would be ignored though the model has it.
+    """
+    config = replace(config, tie_embeddings=config.tie_embeddings or _HEAD not in found)
+    wanted = config.shapes()
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UnsupportedModel(f"the checkpoint has no tensor {name}")
+        if found[name] != shape:
+            raise UnsupportedModel(f"tensor {name} has shape {list(found[name])}, the configuration says {list(shape)}")
+    for name in found:
+        if name not in wanted and name != _HEAD and not name.endswith(_RECOMPUTED):
+            raise UnsupportedModel(f"the checkpoint's tensor {name} has no place in {config.architecture}")
+    return config
+
+
+class SafetensorsCheckpoint:
+    """A directory with config.json and one or many .safetensors files; memory-mapped, read tensor by tensor."""
+
+    kind = "safetensors"
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: UnsupportedModel."""
+        self.path = directory
+        config = read_config(directory)
+        self._files = ExitStack()
+        self._where: dict[str, Any] = {}
+        try:
+            shapes = self._open(directory)
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{directory}: a safetensors file is damaged: {error}") from None
+        self.config = check_tensors(config, shapes)
+
+    def _open(self, directory: Path) -> dict[str, tuple[int, ...]]:
+        """Map every file and note where each tensor is; the safetensors library checks offsets and sizes as it opens one."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in _safetensors_files(directory):
+            opened = self._files.enter_context(safe_open(file, framework="pt"))
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                view = opened.get_slice(name)
+                if view.get_dtype() not in _FLOATS:
+                    raise UnsupportedModel(f"tensor {name} is of type {view.get_dtype()}; supported are {', '.join(sorted(_FLOATS))}")
+                shapes[name] = tuple(view.get_shape())
+                self._where[name] = opened
+        return shapes
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """See `Checkpoint.tensor`."""
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor.to(dtype)
+
+    def close(self) -> None:
+        """See `Checkpoint.close`."""
+        self._where.clear()
+        self._files.close()
+
+
+def _safetensors_files(directory: Path) -> list[Path]:
+    """The files that the index names, or the single file."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (directory / "model.safetensors").is_file():
+            raise UnsupportedModel(f"{directory} has no model.safetensors; pickled weights are never read")
+        return [directory / "model.safetensors"]
+    weight_map = json.loads(index.read_text("utf-8")).get("weight_map", {})
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UnsupportedModel(f"{index.name} names {name!r}, which is not a safetensors file beside it")
+        if not (directory / name).is_file():
+            raise UnsupportedModel(f"{index.name} names {name}, which is not there")
+    return [directory / name for name in names]
