@@ -5,7 +5,6 @@ Everything that multiplies work is bounded here, and every refusal names the fie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -123,6 +122,8 @@ class Door:
 
 
 def _shown(value: Any) -> str:
+    if type(value) is int and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
@@ -133,7 +134,8 @@ def _is_integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _is_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+    # NaN and infinities fail the comparison.
+    if type(value) not in (int, float) or not low <= value <= high or (above and value == low):
         raise BadRequest(name, f"must be a number in {'(' if above else '['}{low:g}, {high:g}], not {_shown(value)}")
 
 
