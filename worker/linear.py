@@ -1,0 +1,79 @@
+"""The linear layers: how a weight is kept and multiplied on each device.
+
+On a CPU in float32 the compiled kernel keeps weights in panels and no second copy; without a compiler oneDNN's packed form
+takes its place, and without oneDNN `F.linear`. Elsewhere cuBLAS (through `F.linear`) is the right tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import cpu
+
+Linear = Callable[[Tensor], Tensor]
+"""[T, inputs] -> [T, outputs]"""
+
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+"""(weight [outputs, inputs], bias [outputs] or None) -> the layer. The weight need not be kept by the caller."""
+
+ONEDNN_BATCH_HINT = 8  # tokens for which oneDNN chooses its packed form
+
+
+class PlainLinear:
+    """`F.linear` with the weight as it came."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class CompiledLinear:
+    """float32 on a CPU: a token's result is the same bits in every batch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.outputs = weight.shape[0]
+        self.packed = cpu.pack_linear(weight)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cpu.linear(x, self.packed, self.bias, self.outputs)
+
+
+class OneDnnLinear:
+    """float32 on a CPU that has no compiler."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ONEDNN_BATCH_HINT)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
+
+
+def linear_factory(device: torch.device | str, dtype: torch.dtype, quantize: str | None) -> MakeLinear:
+    """What makes a model's linear layers.
+
+    Args:
+        device: where they run.
+        dtype: of weights and activations.
+        quantize: None, or "int8".
+
+    Raises:
+        ValueError: the quantization does not exist, or not on this device.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if quantize is not None:
+        raise ValueError(f"quantize: {quantize!r} is unknown (int8)")
+    if not on_cpu or dtype is not torch.float32:
+        return PlainLinear
+    if cpu.available():
+        return CompiledLinear
+    return OneDnnLinear if torch._C._has_mkldnn else PlainLinear
