@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
 from quire.worker.engine import Engine
@@ -28,6 +26,7 @@ from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
 from quire.worker.protocol import GenerateRequest, ModelInfo, SamplingParams
 from quire.worker.scheduler import Scheduler
+from tqdm import tqdm
 
 VOCAB = 50_000
 WASTE_GOAL, CONCURRENCY_GOAL = 0.04, 2.0
@@ -124,9 +123,10 @@ def main() -> int:
     contiguous = serve(requests, args.pool_tokens, args.longest, args.longest, "contiguous")
     ratio = paged.mean_running() / contiguous.mean_running()
     print(f"pool of {args.pool_tokens} tokens           KV waste   running at once   preemptions")
-    for name, usage in (("pages of %d tokens" % args.page_size, paged), ("one page of %d per request" % args.longest, contiguous)):
+    for name, usage in ((f"pages of {args.page_size} tokens", paged), (f"one page of {args.longest} per request", contiguous)):
         print(f"{name:<30} {usage.waste():9.2%} {usage.mean_running():17.1f} {usage.preemptions:13d}")
-    print(f"goal: waste under {WASTE_GOAL:.0%} (paged: {paged.waste():.2%}); at least {CONCURRENCY_GOAL:g}x the requests at once ({ratio:.1f}x)")
+    print(f"waste of paging: {paged.waste():.2%} (goal: under {WASTE_GOAL:.0%})")
+    print(f"requests at once: {ratio:.1f} times as many as contiguous (goal: {CONCURRENCY_GOAL:g})")
     if args.json:
         figures = {"requests": len(requests), "pool_tokens": args.pool_tokens, "waste": paged.waste(), "concurrency_ratio": ratio}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")

@@ -25,7 +25,11 @@ class ModelOptions:
     )
     served_model_name: str | None = option(None, "name in /v1/models and in responses; default: the model's own")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "type of weights, activations and KV; auto: float32 on a CPU, the checkpoint's on a GPU", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option(
+        "auto",
+        "type of weights, activations and KV; auto: float32 on a CPU, the checkpoint's on a GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     quantize: str | None = option(None, "int8: weights and activations of the linears in 8 bits (CPU)", choices=("int8",))
     max_model_len: int | None = option(None, "longest prompt + output in tokens; default: what the model was trained for")
     seed: int = option(0, "where the seeds of requests that bring none come from")

@@ -45,7 +45,8 @@ class Door:
         choices = len(prompts) * params.n
         most = min(self.limits.max_choices, self.max_sequences)
         if choices > most:
-            raise BadRequest("n", f"{len(prompts)} prompts x n = {params.n} make {choices} sequences; at most {most} are allowed in one request")
+            what = f"{len(prompts)} prompts x n = {params.n} make {choices} sequences"
+            raise BadRequest("n", f"{what}; at most {most} are allowed in one request")
         return replace(request, prompts=prompts, params=params)
 
     def longest(self, prompt_len: int) -> int:
@@ -66,10 +67,9 @@ class Door:
         wanted = 1 if params.max_tokens is None else params.max_tokens
         if wanted > room:
             what = "the model's context" if self.max_model_len <= self.pool_tokens else "the KV pool"
-            raise BadRequest(
-                "max_tokens" if room >= 1 and params.max_tokens is not None else "prompt",
-                f"{len(prompt)} prompt tokens and {wanted} output tokens exceed {what} of {min(self.max_model_len, self.pool_tokens)} tokens",
-            )
+            limit = f"{what} of {min(self.max_model_len, self.pool_tokens)} tokens"
+            field = "max_tokens" if room >= 1 and params.max_tokens is not None else "prompt"
+            raise BadRequest(field, f"{len(prompt)} prompt tokens and {wanted} output tokens exceed {limit}")
         for token in prompt:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise BadRequest("prompt", f"token id {_shown(token)} is not an integer in [0, {self.vocab_size - 1}]")
@@ -98,14 +98,14 @@ class Door:
             logit_bias=self._check_bias(params.logit_bias),
         )
 
-    def _check_stop(self, stop: Any) -> tuple[str, ...]:
-        stop = _bounded("stop", stop, self.limits.max_stop)
+    def _check_stop(self, given: Any) -> tuple[str, ...]:
+        stop: tuple[str, ...] = _bounded("stop", given, self.limits.max_stop)
         for text in stop:
             _is_string("stop", text, 1, self.limits.max_stop_chars)
         return stop
 
-    def _check_stop_ids(self, ids: Any) -> tuple[int, ...]:
-        ids = _bounded("stop_token_ids", ids, self.limits.max_stop)
+    def _check_stop_ids(self, given: Any) -> tuple[int, ...]:
+        ids: tuple[int, ...] = _bounded("stop_token_ids", given, self.limits.max_stop)
         for token in ids:
             _is_integer("stop_token_ids", token, 0, self.vocab_size - 1)
         return ids

@@ -79,7 +79,8 @@ class Engine:
         choices = len(request.prompts) * request.params.n
         places = self.scheduler.max_running - len(self.scheduler.running) + self._max_waiting
         if self.scheduler.num_waiting + choices > places:
-            raise Overloaded(f"the queue is full: {self.scheduler.num_waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
+            waiting = self.scheduler.num_waiting
+            raise Overloaded(f"the queue is full: {waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
         self._arrivals += 1
         self.scheduler.add(self._sequences_of(request))
         return request

@@ -129,7 +129,7 @@ class EngineLoop:
                 return
             try:
                 answer.set_result(do())
-            except Exception as error:  # whatever it is belongs to the caller, who gets it from the future
+            except Exception as error:  # noqa: BLE001  whatever it is belongs to the caller, who gets it from the future
                 answer.set_exception(error)
 
         if self.dead is not None or self._stopping:

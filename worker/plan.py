@@ -23,11 +23,11 @@ class NewSequence(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Compute `count` tokens of a sequence from position `start` on; sample when its last known token is among them."""
+    """Compute `num_tokens` tokens of a sequence from position `start` on; sample when its last known token is among them."""
 
     seq: int
     start: int
-    count: int
+    num_tokens: int
     samples: bool
 
 

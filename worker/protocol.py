@@ -175,7 +175,7 @@ class SequenceOutput(NamedTuple):
 
     request_id: str
     choice: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
     stop_token: int | None = None

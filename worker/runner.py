@@ -106,11 +106,11 @@ class ModelRunner:
         self._slots[new.seq] = _Slot(index, new.params, new.seed, new.prompt_len, len(new.tokens), len(new.pages))
 
     def _gather(self, planned: tuple[Row, ...]) -> _Inputs:
-        rows = sorted(planned, key=lambda row: row.count > 1)  # stable: rows of one token first
+        rows = sorted(planned, key=lambda row: row.num_tokens > 1)  # stable: rows of one token first
         size = self._kv.page_size
         slots = np.fromiter((self._slots[row.seq].index for row in rows), np.int64, len(rows))
         starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
-        counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
+        counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
         num_decode = int((counts == 1).sum())
         row_starts = np.concatenate(([0], np.cumsum(counts)))
         if num_decode == len(rows):
@@ -163,8 +163,8 @@ class ModelRunner:
             if slot.params.prompt_logprobs is None or slot.num_tokens > slot.prompt_len:
                 continue
             scores = self._scores.setdefault(row.seq, [])
-            first = end - row.count
-            count = min(row.count, slot.prompt_len - 1 - row.start)
+            first = end - row.num_tokens
+            count = min(row.num_tokens, slot.prompt_len - 1 - row.start)
             for chunk in range(0, count, SCORED_ROWS):
                 n = min(SCORED_ROWS, count - chunk)
                 position = row.start + chunk + 1
@@ -215,7 +215,8 @@ def build_runner(options: EngineOptions, progress: Progress | None = None) -> tu
         max_running,
         config.max_model_len,
     )
-    log.info("%s: %d pages of %d tokens, %.2f GiB, on %s in %s", info.name, pages, cache.page_size, pages * shape.page_bytes / 2**30, device, dtype)
+    pool_gib = pages * shape.page_bytes / 2**30
+    log.info("%s: %d pages of %d tokens, %.2f GiB, on %s in %s", info.name, pages, cache.page_size, pool_gib, device, dtype)
     return runner, Sizes(info, pages, secrets.token_bytes(32))
 
 

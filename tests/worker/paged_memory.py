@@ -64,11 +64,11 @@ class PagedMemory:
         # All rows write before any reads, as a batch on a GPU does: a row that wrote into a neighbour's page would show.
         for row in plan.rows:
             s = self.known[row.seq]
-            for position in range(row.start, row.start + row.count):
+            for position in range(row.start, row.start + row.num_tokens):
                 self.memory[s.pages[position // self.page_size]][position % self.page_size] = s.tokens[position]
-        self.computed_tokens += sum(row.count for row in plan.rows)
-        self.largest_step = max(self.largest_step, sum(row.count for row in plan.rows))
-        return StepResult(plan.step, tuple(self._sample(row.seq, row.start + row.count) for row in plan.rows if row.samples))
+        self.computed_tokens += sum(row.num_tokens for row in plan.rows)
+        self.largest_step = max(self.largest_step, sum(row.num_tokens for row in plan.rows))
+        return StepResult(plan.step, tuple(self._sample(row.seq, row.start + row.num_tokens) for row in plan.rows if row.samples))
 
     def _learn(self, new: NewSequence) -> None:
         if new.seq in self.known:

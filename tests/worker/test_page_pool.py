@@ -1,7 +1,6 @@
 """The page pool with exact page ids."""
 
 import pytest
-
 from quire.worker.page_pool import PagePool, PoolCorrupt, PoolCounts
 
 
@@ -95,7 +94,8 @@ def test_pages_in_transit_are_neither_free_nor_findable_until_committed():
     filled(pool, [1, 2])
     assert pool.reserve(5) is None
     pages = pool.reserve(4)
-    assert pages == [1, 2, 3, 0] and pool.available == 0
+    assert pages == [1, 2, 3, 0]
+    assert pool.available == 0
     assert pool.find(pool.root(""), [1, 2], 1)[0] == []
     pool.commit(pages[:2])
     pool.cancel(pages[2:])

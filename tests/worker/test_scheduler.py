@@ -4,7 +4,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_memory import EOS, VOCAB, expected_output, hash_engine
-
 from quire.worker.engine import Engine
 from quire.worker.plan import Row, Sampled, StepResult
 from quire.worker.protocol import BadRequest, FinishReason, GenerateRequest, Overloaded, SamplingParams, SequenceOutput
@@ -51,7 +50,10 @@ def test_plans_with_exact_pages():
 
     second = scheduler.plan()  # the decode first, then the rest of b's prompt
     assert second.rows == (Row(0, 5, 1, True), Row(1, 1, 2, True))
-    assert second.new == () and second.pages == () and second.copies == () and second.forget == ()
+    assert second.new == ()
+    assert second.pages == ()
+    assert second.copies == ()
+    assert second.forget == ()
     scheduler.apply(memory.run(second))
     for _ in range(2):
         plan = scheduler.plan()
@@ -59,7 +61,8 @@ def test_plans_with_exact_pages():
     assert plan.rows == (Row(0, 7, 1, True), Row(1, 4, 1, True))
     assert plan.pages == ((1, (3,)),)  # b's fifth token starts its second page
     last = scheduler.plan()
-    assert last.rows == (Row(1, 5, 1, True),) and last.forget == (0,)
+    assert last.rows == (Row(1, 5, 1, True),)
+    assert last.forget == (0,)
 
 
 def test_prefix_hit_skips_whole_pages_but_never_the_last_token():
@@ -143,7 +146,8 @@ def test_who_gives_way_leaves_the_step_that_was_planned_for_it():
         plan = scheduler.plan()  # the decode of "short" comes first, and takes the page that the prompt of "long" needs
         scheduler.check()
         outputs += scheduler.apply(memory.run(plan))
-    assert [row.seq for row in plan.rows] == [1] and plan.forget == (0,)
+    assert [row.seq for row in plan.rows] == [1]
+    assert plan.forget == (0,)
     outputs += [o for some in run(engine).values() for o in some]
     assert tokens([o for o in outputs if o.request_id == "short"]) == expected_output([1, 2, 3], 1, 20, ignore_eos=True)
 
@@ -263,7 +267,8 @@ def test_random_traffic_keeps_the_books_and_the_text(events, pages, page_size, m
     engine.step()  # nothing left; what the runner must forget would travel with the next plan
     assert engine.runner.largest_step <= max_batch_tokens
     counts = engine.scheduler.pool.counts()
-    assert counts.active == counts.reserved == 0 and counts.free + counts.cached == pages
+    assert counts.active == counts.reserved == 0
+    assert counts.free + counts.cached == pages
     for name, event in submitted.items():
         for k in range(event["n"]):
             got = outputs[name, k]
