@@ -207,6 +207,7 @@ class Scheduler:
             return
         budget = self._budget()
         promised = sum(self._missing(s) for s in self.running)
+        growing = sum(self._may_grow(s) for s in self.running)
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             s = self.waiting[0]
             pages, hashes, computed = self._shareable(s)
@@ -214,7 +215,7 @@ class Scheduler:
             fresh = self.pool.pages_for(len(s.tokens)) - len(pages) + shared_tail
             # Room to grow, so that an admission is not paid for with a preemption a few steps later. None is asked for
             # by a sequence that would run alone: whatever the door let in fits then.
-            headroom = len(self.running) // 4
+            headroom = growing // 4
             if self.pool.available - self.pool.cached_among(pages) - promised - headroom < fresh:
                 return
             self._start(s, pages, hashes, computed)
@@ -224,6 +225,10 @@ class Scheduler:
             self._planned[s] = (computed, count)
             budget -= count
             promised += self._missing(s)
+            growing += self._may_grow(s)
+
+    def _may_grow(self, s: Sequence) -> bool:
+        return self.pool.pages_for(s.prompt_len + s.max_tokens) > len(s.pages)
 
     def _missing(self, s: Sequence) -> int:
         return max(self.pool.pages_for(len(s.tokens)) - len(s.pages), 0)

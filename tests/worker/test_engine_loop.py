@@ -65,10 +65,14 @@ def test_refusals_reach_the_caller(loop):
     loop.subscribe("i", Ingress().deliver)
     with pytest.raises(BadRequest):
         loop.submit("i", request("a", n=0))
-    for i in range(4):
-        loop.submit("i", request(f"r{i}", max_tokens=200))
+    gate = threading.Event()
+    loop.subscribe("gate", lambda frame: gate.wait(WAIT_S))  # holds the engine thread until all five have been sent
+    answers = [loop.submit_nowait("i", request(f"r{i}")) for i in range(5)]
+    gate.set()
+    for answer in answers[:4]:
+        answer.result(WAIT_S)
     with pytest.raises(Overloaded):
-        loop.submit("i", request("one too many", max_tokens=200))
+        answers[4].result(WAIT_S)
 
 
 def test_an_abort_ends_a_request_and_frees_its_pages(loop):
