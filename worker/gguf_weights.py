@@ -19,7 +19,6 @@ from torch import Tensor
 from .model_config import ModelConfig, UnsupportedModel
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
 from .text.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
-from .weights import check_tensors
 
 # GGML type number -> (name, elements in a block, bytes in a block); from ggml's type table.
 _TYPES = {
@@ -80,9 +79,8 @@ class GgufCheckpoint:
         for info in header.tensors.values():
             _check_size(info, header.file_bytes)
         self._data = np.memmap(path, np.uint8, mode="r")
-        self._threads = ThreadPoolExecutor(2, "dequantise")
         config = _config(header, set(self._infos), self._divisors(header), path.stem)
-        self.config = check_tensors(config, {name: info.shape for name, info in self._infos.items()})
+        self.config = config.matching({name: info.shape for name, info in self._infos.items()})
         self._interleaved = header.metadata["general.architecture"] == "llama"
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -96,7 +94,6 @@ class GgufCheckpoint:
 
     def close(self) -> None:
         """See `Checkpoint.close`."""
-        self._threads.shutdown()
         del self._data
 
     def _divisors(self, header: GgufHeader) -> tuple[float, ...]:
@@ -121,7 +118,8 @@ class GgufCheckpoint:
             part = raw[first * block_bytes : (first + piece) * block_bytes]
             out[first * block : (first + piece) * block] = dequantize(part, kind)  # one long row: its fast case
 
-        list(self._threads.map(dequantise, range(0, elements // block, piece)))
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(dequantise, range(0, elements // block, piece)))
         return torch.from_numpy(out.reshape(info.shape))
 
 
@@ -166,43 +164,45 @@ def _config(header: GgufHeader, names: set[str], divisors: tuple[float, ...], na
         if key in metadata and metadata[key] not in neutral:
             raise UnsupportedModel(f"{key} = {str(metadata[key])[:200]} is not supported")
 
-    def number(key: str, default: int | float | None = None) -> Any:
+    def whole(key: str, default: int | None = None) -> int:
         value = metadata.get(f"{arch}.{key}", default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise UnsupportedModel(f"{arch}.{key} = {value!r} is not a number")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UnsupportedModel(f"{arch}.{key} = {str(value)[:200]} is not a whole number")
         return value
 
-    hidden, heads, layers = number("embedding_length"), number("attention.head_count"), number("block_count")
-    head_dim = number("attention.key_length", hidden // max(heads, 1))
-    if number("attention.value_length", head_dim) != head_dim:
+    hidden, heads, layers = whole("embedding_length"), whole("attention.head_count"), whole("block_count")
+    head_dim = whole("attention.key_length", hidden // max(heads, 1))
+    if whole("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModel(f"{arch}.attention.value_length differs from the key length, which is not supported")
-    if number("rope.dimension_count", head_dim) != head_dim:
+    if whole("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModel(f"{arch}.rope.dimension_count: rotating a part of a head is not supported")
-    window = number("attention.sliding_window", 0)
+    window = whole("attention.sliding_window", 0)
     if window and arch != "llama":
         raise UnsupportedModel(f"{arch}.attention.sliding_window is not supported")
     if divisors and len(divisors) != head_dim // 2:
         raise UnsupportedModel(f"{_ROPE_DIVISORS} has {len(divisors)} numbers for heads of {head_dim}")
+    if f"{arch}.attention.layer_norm_rms_epsilon" not in metadata:
+        raise UnsupportedModel(f"{arch}.attention.layer_norm_rms_epsilon is missing")
     tokens = (metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot"))
     embedding = header.tensors.get("token_embd.weight")
     return ModelConfig(
         architecture=_ARCHITECTURES[arch],
-        vocab_size=embedding.shape[0] if embedding else number("vocab_size"),
+        vocab_size=embedding.shape[0] if embedding else whole("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=number("attention.head_count_kv", heads),
+        num_kv_heads=whole("attention.head_count_kv", heads),
         head_dim=head_dim,
-        intermediate_size=number("feed_forward_length"),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(metadata, arch, number("context_length"), divisors),
+        intermediate_size=whole("feed_forward_length"),
+        rms_norm_eps=float(metadata[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        rope=_rope(metadata, arch, whole("context_length"), divisors),
         tie_embeddings="lm_head.weight" not in names,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
         o_bias="model.layers.0.self_attn.o_proj.bias" in names,
         mlp_bias="model.layers.0.mlp.gate_proj.bias" in names,
         qk_norm="model.layers.0.self_attn.q_norm.weight" in names,
         sliding_windows=(window or None,) * layers,
-        max_model_len=number("context_length"),
+        max_model_len=whole("context_length"),
         eos_token_ids=tuple(dict.fromkeys(token for token in tokens if token is not None)),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         dtype=_dtype({_TYPES[info.type_id][0] for info in header.tensors.values() if len(info.shape) > 1}),

@@ -5,10 +5,7 @@ Only safetensors and GGUF are read. Names and shapes are held against the config
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelOptions
-from .model_config import ModelConfig, UnsupportedModel, read_config
+from .gguf_weights import GgufCheckpoint
+from .hf_config import read_config, read_json
+from .model_config import ModelConfig, UnsupportedModel
 from .text.source import resolve_model
 
 _FLOATS = {"F32", "F16", "BF16", "F64"}
-_HEAD = "lm_head.weight"
-_RECOMPUTED = "rotary_emb.inv_freq"  # old checkpoints carry it; the table is computed from the configuration
 
 
 class Checkpoint(Protocol):
@@ -55,34 +52,10 @@ def open_checkpoint(options: ModelOptions) -> Checkpoint:
         UnsupportedModel: it needs something that is not implemented, named in the message.
     """
     path = resolve_model(options.model)
-    if path.suffix == ".gguf":
-        from .gguf_weights import GgufCheckpoint  # imports this module's helpers
-
-        checkpoint: Checkpoint = GgufCheckpoint(path)
-    else:
-        checkpoint = SafetensorsCheckpoint(path)
+    checkpoint: Checkpoint = GgufCheckpoint(path) if path.suffix == ".gguf" else SafetensorsCheckpoint(path)
     as_typed = options.model if not Path(options.model).expanduser().exists() else None  # an alias or a hub id names the model well
     checkpoint.config = checkpoint.config.serving(options.max_model_len, options.served_model_name or as_typed)
     return checkpoint
-
-
-def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """`config` with its head tied when the checkpoint has none of its own.
-
-    Raises:
-        UnsupportedModel: a tensor is missing, has another shape, or would be ignored though the model has it.
-    """
-    config = replace(config, tie_embeddings=config.tie_embeddings or _HEAD not in found)
-    wanted = config.shapes()
-    for name, shape in wanted.items():
-        if name not in found:
-            raise UnsupportedModel(f"the checkpoint has no tensor {name}")
-        if found[name] != shape:
-            raise UnsupportedModel(f"tensor {name} has shape {list(found[name])}, the configuration says {list(shape)}")
-    for name in found:
-        if name not in wanted and name != _HEAD and not name.endswith(_RECOMPUTED):
-            raise UnsupportedModel(f"the checkpoint's tensor {name} has no place in {config.architecture}")
-    return config
 
 
 class SafetensorsCheckpoint:
@@ -94,19 +67,20 @@ class SafetensorsCheckpoint:
         """Raises: UnsupportedModel."""
         self.path = directory
         config = read_config(directory)
-        self._files = ExitStack()
         self._where: dict[str, Any] = {}
-        try:
-            shapes = self._open(directory)
-        except SafetensorError as error:
-            raise UnsupportedModel(f"{directory}: a safetensors file is damaged: {error}") from None
-        self.config = check_tensors(config, shapes)
+        with ExitStack() as files:
+            try:
+                shapes = self._open(directory, files)
+            except SafetensorError as error:
+                raise UnsupportedModel(f"{directory}: a safetensors file is damaged: {error}") from None
+            self.config = config.matching(shapes)
+            self._files = files.pop_all()
 
-    def _open(self, directory: Path) -> dict[str, tuple[int, ...]]:
+    def _open(self, directory: Path, files: ExitStack) -> dict[str, tuple[int, ...]]:
         """Map every file and note where each tensor is; the safetensors library checks offsets and sizes as it opens one."""
         shapes: dict[str, tuple[int, ...]] = {}
         for file in _safetensors_files(directory):
-            opened = self._files.enter_context(safe_open(file, framework="pt"))
+            opened = files.enter_context(safe_open(file, framework="pt"))
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 view = opened.get_slice(name)
                 if view.get_dtype() not in _FLOATS:
@@ -133,7 +107,9 @@ def _safetensors_files(directory: Path) -> list[Path]:
         if not (directory / "model.safetensors").is_file():
             raise UnsupportedModel(f"{directory} has no model.safetensors; pickled weights are never read")
         return [directory / "model.safetensors"]
-    weight_map = json.loads(index.read_text("utf-8")).get("weight_map", {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UnsupportedModel(f"{index.name} has no weight_map from tensors to files")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):

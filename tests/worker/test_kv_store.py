@@ -1,0 +1,56 @@
+"""The page-major pool: one page is one contiguous span, and copies do what they say."""
+
+import pytest
+import torch
+from quire.worker.kv_store import KVStore, PageShape
+
+SHAPE = PageShape(kv_heads=2, layers=3, page_size=4, head_dim=8, dtype=torch.float32)
+
+
+def numbered(pages: int = 6) -> KVStore:
+    store = KVStore(SHAPE, pages, "cpu")
+    store.pool.copy_(torch.arange(store.pool.numel()).view_as(store.pool))
+    return store
+
+
+def test_a_page_is_one_span_of_page_bytes() -> None:
+    store = KVStore(SHAPE, 6, "cpu")
+    assert store.page_bytes == SHAPE.page_bytes == 2 * 3 * 2 * 4 * 8 * 4
+    assert store.pool.nbytes == 6 * store.page_bytes
+    assert store.pool[3].is_contiguous()
+    assert not store.pool.any()  # fresh memory is zeros
+
+
+def test_layer_views_reach_the_same_memory() -> None:
+    store = numbered()
+    layer = store.layer(2)
+    assert layer.shape == (6, 2, 2, 4, 8)
+    layer[5, 1, 0, 3] = -1.0
+    assert bool((store.read_page(5)[1, 2, 0, 3] == -1).all())
+    assert int((store.pool == -1).sum()) == 8
+
+
+def test_copies_read_every_source_first() -> None:
+    store = numbered()
+    before = store.pool.clone()
+    store.copy_pages([(0, 1), (1, 2), (5, 0)])
+    for page, source in {0: 5, 1: 0, 2: 1, 3: 3, 4: 4, 5: 5}.items():
+        assert torch.equal(store.pool[page], before[source])
+    store.copy_pages([])
+    assert torch.equal(store.pool[1], before[0])
+
+
+def test_pages_leave_and_come_back() -> None:
+    store, other = numbered(), KVStore(SHAPE, 3, "cpu")
+    page = store.read_page(4)
+    other.write_page(1, page)
+    assert torch.equal(other.pool[1], store.pool[4])
+    assert not other.pool[0].any()
+    page.zero_()  # a copy, not a view
+    assert store.pool[4].any()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 2, 4, 4), torch.zeros(2, 3, 2, 4, 8, dtype=torch.float16), torch.zeros(1)])
+def test_what_is_not_a_page_is_refused(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="a page is"):
+        KVStore(SHAPE, 3, "cpu").write_page(0, wrong)

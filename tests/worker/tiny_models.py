@@ -1,0 +1,93 @@
+"""Small models with random weights, as transformers saves them, and a driver that runs Quire's decoder over shuffled pages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from quire.kernels import reference
+from quire.kernels.layout import attention_batch
+from quire.worker.config import ModelOptions
+from quire.worker.kv_store import KVStore, PageShape
+from quire.worker.model import DecoderModel, Linear
+from quire.worker.weights import open_checkpoint
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+PAGE_SIZE = 4
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose every weight matters: norms and biases are random too, and activations keep their size."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 1.0 if "embed" in name else 1.5 * weight.shape[1] ** -0.5)
+            else:
+                weight.normal_(0.0 if "bias" in name else 1.0, 0.3)
+    return model
+
+
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    return lambda x: F.linear(x, weight, bias)
+
+
+def load(path: Path | str, max_model_len: int | None = None) -> DecoderModel:
+    """Quire's model of a checkpoint, in float32 on the CPU with the reference kernels."""
+    checkpoint = open_checkpoint(ModelOptions(str(path), max_model_len=max_model_len))
+    model = DecoderModel(checkpoint.config, checkpoint, "cpu", torch.float32, plain_linear, reference)
+    checkpoint.close()
+    return model
+
+
+class Pages:
+    """A store full of NaN, and the sequences in it: their pages are taken in random order."""
+
+    def __init__(self, model: DecoderModel, pages: int = 64, page_size: int = PAGE_SIZE) -> None:
+        config = model.config
+        self.model = model
+        self.kv = KVStore(PageShape(config.num_kv_heads, config.num_layers, page_size, config.head_dim, torch.float32), pages, "cpu")
+        self.kv.pool.fill_(float("nan"))
+        self.free = list(range(pages))
+        random.Random(0).shuffle(self.free)
+        self.tables: dict[str, list[int]] = {}
+        self.lengths: dict[str, int] = {}
+
+    def step(self, **chunks: list[int]) -> dict[str, torch.Tensor]:
+        """Compute the next tokens of several sequences at once; the logits of each one's tokens. Single tokens go first."""
+        size = self.kv.page_size
+        rows = []
+        for name, tokens in sorted(chunks.items(), key=lambda item: len(item[1]) > 1):
+            table, start = self.tables.setdefault(name, []), self.lengths.get(name, 0)
+            while len(table) * size < start + len(tokens):
+                table.append(self.free.pop())
+            rows.append((name, start, tokens))
+            self.lengths[name] = start + len(tokens)
+        batch = attention_batch([(start, len(tokens), self.tables[name]) for name, start, tokens in rows], size)
+        ids = torch.tensor([token for _, _, tokens in rows for token in tokens])
+        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, start, tokens in rows])
+        logits = self.model.logits(self.model.forward(ids, positions, batch, self.kv))
+        return dict(zip([name for name, _, _ in rows], logits.split([len(tokens) for _, _, tokens in rows]), strict=True))
+
+    def run(self, tokens: list[int], chunks: Iterable[int]) -> torch.Tensor:
+        """Logits of all of `tokens`, computed in `chunks` (the last one repeats)."""
+        found, at, size = [], 0, 0
+        chunk = iter(chunks)
+        while at < len(tokens):
+            size = next(chunk, size)
+            found.append(self.step(a=tokens[at : at + size])["a"])
+            at += size
+        return torch.cat(found)
