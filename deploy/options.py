@@ -10,9 +10,9 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from ..worker.config import QuireOptions
 
@@ -83,7 +83,7 @@ class Option:
         return text if self.field.default in (None, ()) else f"{text} (default: {self.default_text()})"
 
     def default_text(self) -> str:
-        default = self.field.default
+        default: Any = self.field.default
         if self.type is bool:
             return "on" if default else "off"
         if self.type is float:
@@ -203,7 +203,7 @@ def build(flags: Mapping[str, Any]) -> QuireOptions:
     for name, option in by_name.items():
         if name in flags:
             values[option.path] = _parse(option, flags[name], option.flag)
-    return _assemble(QuireOptions(), values, ())
+    return cast(QuireOptions, _assemble(QuireOptions(), values, ()))
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -271,7 +271,7 @@ def _assemble(node: Any, values: Mapping[tuple[str, ...], Any], path: tuple[str,
         here = (*path, field.name)
         if here in values:
             changes[field.name] = values[here]
-        elif is_dataclass(field.default) and field.default is not MISSING:
+        elif is_dataclass(field.default):
             changes[field.name] = _assemble(getattr(node, field.name), values, here)
     return replace(node, **changes)
 

@@ -1,0 +1,45 @@
+"""The `quire` command. Environment variables are read here and nowhere else; what is slow to import waits for its command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .commands import bench, chat, env, serve
+from .commands.arguments import CommandError
+
+
+def parser(api_key: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; `api_key` is the clients' default key."""
+    top = argparse.ArgumentParser(prog="quire", description="Serves large language models from a paged KV pool.")
+    top.add_argument("--version", action="version", version=f"quire {__version__}")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    serve.add_parser(commands)
+    chat.add_parser(commands, api_key)
+    bench.add_parser(commands, api_key)
+    env.add_parser(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for a wrong flag, configuration or server, 130 after Ctrl-C."""
+    args = parser(os.environ.get("QUIRE_API_KEY")).parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except CommandError as error:
+        sys.stderr.write(f"quire {args.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output left. Keep the interpreter from failing over the same pipe once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""`quire serve`: serve a model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import options
+from .arguments import CommandError
+
+_DESCRIPTION = """\
+Serves a model behind OpenAI's API. Every flag may also stand in the YAML file that --config names, under the same name.
+Once it serves, the line `Quire is ready on http://...` appears on stdout. Ctrl-C or SIGTERM ends it.
+
+  quire serve
+  quire serve --model ./Qwen3-0.6B --port 9000 --kv-memory 4GiB
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        usage="quire serve [--config FILE] [--model MODEL] [--host HOST] [--port N] [option ...]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit status of the server."""
+    try:
+        chosen = options.build(vars(args))
+    except options.OptionError as error:
+        raise CommandError(str(error)) from None
+    from ..serving import serve
+
+    return serve(chosen)
