@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-
 from quire.cluster.stream import Owner, StreamTable, TableStream
 from quire.worker.protocol import (
     EngineStats,

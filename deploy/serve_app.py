@@ -1,0 +1,181 @@
+"""The ingress: an actor that serves the HTTP API under uvicorn, on the node of the command that started it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..cluster.ray_gateway import connect, remote_class, start_actor_logging
+from ..worker.config import QuireOptions, ServerOptions
+from ..worker.text.source import resolve_model
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from ..worker.text.tokenizer import Tokenizer
+
+START_TIMEOUT_S = 60.0  # from a replica's readiness to the server's
+STOP_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 10.0
+
+
+class IngressDied(Exception):
+    """The ingress could not start, or ended without having been told to."""
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """A bound socket for the server. Not yet listening: who connects now is refused.
+
+    Raises:
+        OSError: the address cannot be used; says which and why.
+    """
+    family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from None
+    return bound
+
+
+class IngressActor:
+    """One HTTP server."""
+
+    def __init__(self, options: QuireOptions) -> None:
+        start_actor_logging(options.server.log_level)
+        self._options = options
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._app: Any = None
+
+    async def start(self) -> dict[str, Any]:
+        """Serves as soon as a replica does.
+
+        Returns:
+            {"port", "phases" (name -> seconds)}, or {"failure": why it cannot serve}.
+        """
+        phases: dict[str, float] = {}
+        import uvicorn  # here and below: the driver, which imports this file, needs neither the server nor the tokenizer
+
+        from .api.app import create_app
+        from .api.http_server import server_config
+
+        try:
+            bound = listen(self._options.server)
+            tokenizer = await asyncio.to_thread(self._load_tokenizer, phases)
+            client = connect(self._options.cluster.namespace)
+            client.start()
+            info = await client.ready(self._options.cluster.start_timeout_s + START_TIMEOUT_S)
+            begun_s = time.monotonic()
+            self._app = create_app(client, tokenizer, info, self._options.server, self._options.engine.limits)
+            config = server_config(self._app, self._options.server)
+            config.timeout_graceful_shutdown = int(STOP_TIMEOUT_S)
+            self._server = uvicorn.Server(config)
+            self._serving = asyncio.create_task(self._server.serve(sockets=[bound]))
+            async with asyncio.timeout(START_TIMEOUT_S):
+                # uvicorn has no event for it
+                while not self._server.started and not self._serving.done():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            if self._serving.done():
+                return {"failure": "the HTTP server ended while it started"}
+            phases["HTTP server"] = time.monotonic() - begun_s
+        except (OSError, ValueError, TimeoutError) as error:
+            return {"failure": str(error) or repr(error)}
+        return {"port": bound.getsockname()[1], "phases": phases}
+
+    async def ended(self) -> None:
+        """Returns when the server has stopped."""
+        if self._serving is not None:
+            await asyncio.shield(self._serving)
+
+    async def running(self) -> int:
+        """Generation requests that run."""
+        return int(self._app.state.lifecycle.running)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Refuses new requests, gives the running ones `grace_s`, then cuts them off. True when they all finished."""
+        return bool(await self._app.state.lifecycle.drain(grace_s))
+
+    async def stop(self) -> None:
+        """Closes the server and every connection."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            async with asyncio.timeout(2 * STOP_TIMEOUT_S):
+                await self._serving
+
+    def _load_tokenizer(self, phases: dict[str, float]) -> Tokenizer:
+        from ..worker.text.tokenizer import load_tokenizer
+
+        begun_s = time.monotonic()
+        tokenizer = load_tokenizer(Path(resolve_model(self._options.engine.model.model)))
+        phases["tokenizer"] = time.monotonic() - begun_s
+        return tokenizer
+
+
+class Ingress:
+    """An `IngressActor` from the driver's side. It dies with the driver. Blocking calls, each with a time-out."""
+
+    def __init__(self, options: QuireOptions) -> None:
+        """Starts the actor on this node; `started` says how it went."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._actor = remote_class(IngressActor, num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(options)
+        self._start = self._actor.start.remote()
+        self._ended: Any = None
+
+    def started(self, wait_s: float) -> dict[str, Any] | None:
+        """What `IngressActor.start` returned; None when it has not, after `wait_s`.
+
+        Raises:
+            IngressDied: it cannot serve.
+        """
+        result = _settled(self._start, wait_s)
+        if result is not None and "failure" in result:
+            raise IngressDied(result["failure"])
+        return result
+
+    def check(self, wait_s: float) -> None:
+        """Watches it for `wait_s`.
+
+        Raises:
+            IngressDied: it has ended.
+        """
+        self._ended = self._ended or self._actor.ended.remote()
+        if ray.wait([self._ended], timeout=wait_s)[0]:
+            _settled(self._ended, CALL_TIMEOUT_S)
+            raise IngressDied("the HTTP server has ended")
+
+    def running(self) -> int:
+        """Generation requests that run."""
+        return int(_settled(self._actor.running.remote(), CALL_TIMEOUT_S) or 0)
+
+    def drain(self, grace_s: float) -> Any:
+        """Starts to drain; a token for `drained`. A second drain with less grace overrides the first."""
+        return self._actor.drain.remote(grace_s)
+
+    def drained(self, token: Any, wait_s: float) -> bool | None:
+        """Whether every request finished by itself; None while the drain goes on, after `wait_s`."""
+        finished: bool | None = _settled(token, wait_s)
+        return finished
+
+    def stop(self) -> None:
+        """Closes the server; what does not close in time is killed."""
+        _settled(self._actor.stop.remote(), CALL_TIMEOUT_S)
+        ray.kill(self._actor)
+
+
+def _settled(ref: Any, wait_s: float) -> Any:
+    try:
+        return ray.get(ref, timeout=wait_s)
+    except GetTimeoutError:
+        return None
+    except RayError as error:
+        raise IngressDied(f"the ingress has died: {str(error).strip().splitlines()[-1]}") from error

@@ -1,0 +1,210 @@
+"""The Ray actor around one replica: builds the engine, takes requests, sends frames.
+
+The class itself is undecorated and is tested as a plain object; `cluster.ray_gateway` makes an actor of it. Each
+concurrency group has an event loop of its own, so that control calls never wait behind requests or frames. Nothing but
+primitives crosses: a refusal is a tuple, not a pickled exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import ray
+
+from .config import EngineOptions
+from .engine import Engine, Progress, build_engine
+from .engine_loop import EngineLoop
+from .outbox import Outbox
+from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost
+
+log = logging.getLogger(__name__)
+
+CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256}
+FRAME_TIMEOUT_S = 600.0  # heartbeats come twice a second between steps; no single step may last longer
+SUBMIT_TIMEOUT_S = 60.0
+LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in this time hears why
+
+Reply = tuple[Any, ...]
+"""("ok",), ("bad_request", field, message), ("overloaded", message, retry_after_s) or ("lost", message)."""
+
+
+def reply_to(error: QuireError | None) -> Reply:
+    """What a call answers, as primitives."""
+    match error:
+        case None:
+            return ("ok",)
+        case BadRequest():
+            return ("bad_request", error.field, error.message)
+        case Overloaded():
+            return ("overloaded", error.message, error.retry_after_s)
+        case _:
+            return ("lost", str(error))
+
+
+def raise_reply(reply: Reply) -> None:
+    """The inverse of `reply_to`.
+
+    Raises:
+        BadRequest, Overloaded, ReplicaLost: what the reply says.
+    """
+    match reply:
+        case ("ok",):
+            return
+        case ("bad_request", str(field), str(message)):
+            raise BadRequest(field, message)
+        case ("overloaded", str(message), float(retry_after_s)):
+            raise Overloaded(message, retry_after_s)
+        case ("lost", str(message)):
+            raise ReplicaLost(message)
+        case _:
+            raise ReplicaLost(f"unknown reply {reply!r}")
+
+
+class ReplicaActor:
+    """One life of one replica.
+
+    Args:
+        replica_id, epoch: who it is; requests for another epoch are refused.
+        options: what to serve.
+        log_level: sets up the logging of this process; None leaves it alone.
+        build: makes the engine (in a thread; the actor answers meanwhile).
+        die: ends the process with an exit code.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        epoch: int,
+        options: EngineOptions,
+        log_level: str | None = None,
+        build: Callable[[EngineOptions, Progress], Engine] = build_engine,
+        die: Callable[[int], None] = os._exit,
+    ) -> None:
+        if log_level is not None:
+            start_actor_logging(log_level)
+        self._replica_id = replica_id
+        self._epoch = epoch
+        self._options = options
+        self._make_engine = build
+        self._die = die
+        self._loaded = (0, 0)
+        self._phases: dict[str, float] = {}
+        self._failure: str | None = None
+        self._engine: Engine | None = None
+        self._loop: EngineLoop | None = None
+        self._outboxes: dict[str, Outbox] = {}
+        threading.Thread(target=self._build, name="build", daemon=True).start()
+
+    @ray.method(concurrency_group="control")
+    async def report(self) -> dict[str, Any]:
+        """All there is to know, as primitives: what the controller polls, and rebuilds its state from.
+
+        Keys: replica_id, epoch, pid; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
+        why this replica never became ready, or died); info and stats (fields in order; None until ready).
+        """
+        loop = self._loop
+        return {
+            "replica_id": self._replica_id,
+            "epoch": self._epoch,
+            "pid": os.getpid(),
+            "loaded": self._loaded[0],
+            "to_load": self._loaded[1],
+            "phases": dict(self._phases),
+            "failure": self._failure,
+            "info": tuple(self._engine.info) if self._engine and loop else None,
+            "stats": tuple(loop.stats()) if loop else None,
+        }
+
+    @ray.method(concurrency_group="control")
+    async def renew(self, connection: str) -> bool:
+        """The ingress behind this connection is alive; False when it has been given up, or never was."""
+        outbox = self._outboxes.get(connection)
+        if outbox is not None:
+            outbox.renew()
+        return outbox is not None
+
+    @ray.method(concurrency_group="requests")
+    async def submit(self, connection: str, epoch: int, data: bytes) -> Reply:
+        """Starts the request in `data` (`GenerateRequest.to_wire`); its outputs go to `connection`."""
+        if self._loop is None or epoch != self._epoch:
+            return reply_to(ReplicaLost(f"{self._replica_id} is not ready in epoch {epoch}"))
+        try:
+            answer = self._loop.submit_nowait(connection, GenerateRequest.from_wire(data))
+            await asyncio.wait_for(asyncio.wrap_future(answer), SUBMIT_TIMEOUT_S)
+        except QuireError as error:
+            return reply_to(error)
+        except TimeoutError:
+            return reply_to(ReplicaLost(f"{self._replica_id} did not take the request within {SUBMIT_TIMEOUT_S:g} s"))
+        return reply_to(None)
+
+    @ray.method(concurrency_group="requests")
+    async def abort(self, epoch: int, request_id: str, choice: int | None) -> None:
+        """Ends a request, or one choice of it, before the next step. Unknown ones are ignored."""
+        if self._loop is not None and epoch == self._epoch:
+            self._loop.abort(request_id, choice)
+
+    @ray.method(concurrency_group="frames")
+    async def frames(self, connection: str) -> AsyncIterator[list[bytes]]:
+        """The frames for one connection, from number 0 on, for as long as it is read; several at once when the reader is slow.
+
+        When the reading ends, the connection's requests are aborted.
+
+        Raises:
+            ReplicaLost: the engine is not ready or died, the name is in use, or the reader was given up (`Outbox`).
+        """
+        if self._loop is None or connection in self._outboxes:
+            raise ReplicaLost(f"{self._replica_id} cannot serve connection {connection}")
+        engine_loop = self._loop
+        leave = partial(engine_loop.unsubscribe, connection)
+        outbox = self._outboxes[connection] = Outbox(asyncio.get_running_loop(), time.monotonic, leave)
+        engine_loop.subscribe(connection, outbox.put)
+        try:
+            while True:
+                if self._failure is not None:
+                    raise ReplicaLost(self._failure)
+                yield await outbox.take(FRAME_TIMEOUT_S)
+        finally:
+            leave()
+            del self._outboxes[connection]
+
+    def _build(self) -> None:
+        started_s = time.monotonic()
+        try:
+            import torch  # noqa: F401  (timed on its own: it is most of a small model's start)
+
+            self._phases["import torch"] = time.monotonic() - started_s
+            loading_s = time.monotonic()
+            self._engine = self._make_engine(self._options, self._progress)
+            self._phases["load model"] = time.monotonic() - loading_s
+            loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died)
+            loop.start()
+            self._loop = loop
+        except Exception as error:  # the process outlives it, to say why
+            log.debug("building the engine failed", exc_info=True)
+            self._failure = str(error) or repr(error)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._loaded = (done, total)
+
+    def _died(self, error: BaseException) -> None:
+        self._failure = f"the engine died: {error!r}"
+        log.critical("%s: %s", self._replica_id, self._failure)
+        for outbox in list(self._outboxes.values()):
+            outbox.close(self._failure)
+        time.sleep(LAST_WORDS_S)  # this is the engine's thread: nothing runs on it any more
+        logging.shutdown()
+        self._die(1)
+
+
+def start_actor_logging(level: str) -> None:
+    """Logs of this process to stderr; stray prints too, because stdout belongs to the ready line."""
+    sys.stdout = sys.stderr
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
