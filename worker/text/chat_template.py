@@ -1,0 +1,127 @@
+"""The model's chat template: messages to the text that the model continues. Templates come from the model, never from clients.
+
+Rendered in Jinja's immutable sandbox with what transformers gives templates: `raise_exception`, `strftime_now`, the
+`tojson` filter, loop controls, and the `generation` tag (which marks nothing here).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, ClassVar, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..protocol import BadRequest
+
+MAX_RENDERED_CHARS = 64 * 2**20
+_PROBE = "quire-probe"
+# What a template's own code can raise on messages that it does not expect.
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class ChatTemplate:
+    """One template, compiled once. `exists` tells whether the model brought one."""
+
+    def __init__(self, source: str | None, special_tokens: dict[str, str]) -> None:
+        """Args: the template's text (None: the model has none) and what it sees as `bos_token`, `eos_token`, ..."""
+        self._special_tokens = dict(special_tokens)
+        self._template: jinja2.Template | None = None
+        self._missing = "this model has no chat template; use completions with a plain prompt"
+        if source is not None:
+            try:
+                self._template = _environment().from_string(source)
+            except jinja2.TemplateError as error:
+                self._missing = f"this model's chat template cannot be compiled: {error}"
+        self._takes_parts = self._template is not None and self._shows_parts(self._template)
+
+    @property
+    def exists(self) -> bool:
+        """Whether `render` can work at all."""
+        return self._template is not None
+
+    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: dicts with `role` and `content`; a content is a string, None, or a list of `{"type": "text", "text": ...}`.
+            add_generation_prompt: end with the opening of the assistant's turn.
+
+        Raises:
+            BadRequest: no template, content that is not text, messages that the template rejects, or far too much text.
+        """
+        if self._template is None:
+            raise BadRequest("messages", self._missing)
+        plain = [{**message, "content": _content(i, message.get("content"), self._takes_parts)} for i, message in enumerate(messages)]
+        try:
+            return self._run(self._template, plain, add_generation_prompt)
+        except _TEMPLATE_FAULTS as error:
+            raise BadRequest("messages", f"the model's chat template rejects them: {error}") from None
+
+    def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        chunks, size = [], 0
+        given = {**self._special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        for chunk in template.generate(**given, tools=None, documents=None):
+            size += len(chunk)
+            if size > MAX_RENDERED_CHARS:
+                raise jinja2.TemplateError(f"more than {MAX_RENDERED_CHARS} characters came out")
+            chunks.append(chunk)
+        return "".join(chunks)
+
+    def _shows_parts(self, template: jinja2.Template) -> bool:
+        """Whether the template reads lists of parts itself, rather than printing them as Python would."""
+        parts = [{"type": "text", "text": _PROBE}]
+        try:
+            shown = self._run(template, [{"role": "user", "content": parts}], True)
+        except _TEMPLATE_FAULTS:
+            return False
+        return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+
+def _content(index: int, content: Any, takes_parts: bool) -> Any:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    field = f"messages[{index}].content"
+    if not isinstance(content, list):
+        raise BadRequest(field, "must be a string or a list of parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRequest(field, 'only parts of the form {"type": "text", "text": "..."} are supported')
+    return content if takes_parts else "\n".join(part["text"] for part in content)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}`, which training code uses to find the assistant's tokens: its body, unchanged."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(functions)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
