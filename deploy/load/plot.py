@@ -62,8 +62,9 @@ def _timeline(axes: Any, outcomes: Sequence[Outcome]) -> None:
     for (times, counts), name, colour in ((waiting, "before the first token", "C1"), (decoding, "after it", "C0")):
         axes.step(times, counts, where="post", color=colour, linewidth=1.2, label=name)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", fontsize=8)
+    axes.set_ylim(0, 1.25 * max(1, *waiting[1], *decoding[1]))  # room for the legend
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper right", fontsize=8, ncols=2)
 
 
 def _level(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[int]]:
