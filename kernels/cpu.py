@@ -6,68 +6,16 @@ library is compiled at the first call of `available()` or of any function; witho
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
-import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import reference
-from .cpu_build import CannotBuild, library_path, load
+from .cpu_library import Library, library
 from .layout import AttentionBatch
-
-log = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
 MIN_HEAD_DIM = 16
 MAX_GROUP = 48  # query heads on one KV head
-
-_P, _I, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_building = threading.Lock()
-
-
-class Library(NamedTuple):
-    """The C functions; the two that can take long let other Python threads run."""
-
-    rms_norm: Callable[..., None]
-    silu_mul: Callable[..., None]
-    rope_and_write_kv: Callable[..., int]
-    attention: Callable[..., int]
-    linear: Callable[..., None]
-    panel: int
-
-
-def library() -> Library | None:
-    """The compiled functions, or None where they cannot be had; then the log says why, once."""
-    with _building:
-        return _library()
-
-
-@functools.cache
-def _library() -> Library | None:
-    try:
-        free, held = load(library_path())
-    except (CannotBuild, OSError) as error:
-        log.warning("the compiled CPU kernels are not available, torch takes their place: %s", error)
-        return None
-    return Library(
-        rms_norm=_function(held.quire_rms_norm, None, [_P] * 5 + [_I, _I, _F, _T]),
-        silu_mul=_function(held.quire_silu_mul, None, [_P, _P, _I, _I, _T]),
-        rope_and_write_kv=_function(held.quire_rope_and_write_kv, _I, [_P] * 8 + [_I] * 10 + [_F, _T]),
-        attention=_function(free.quire_attention, _T, [_P] * 6 + [_I] * 10 + [_F, _T]),
-        linear=_function(free.quire_linear, None, [_P] * 4 + [_I] * 3 + [_T]),
-        panel=free.quire_panel(),
-    )
-
-
-def _function(function: Any, result: type | None, arguments: list[type]) -> Callable[..., Any]:
-    function.restype, function.argtypes = result, arguments
-    return function  # type: ignore[no-any-return]
-
 
 def available() -> bool:
     """Whether the compiled functions are there."""
@@ -175,30 +123,3 @@ def paged_attention(q: Tensor, pages: Tensor, batch: AttentionBatch, scale: floa
 def _packed_tokens(pages: Tensor) -> bool:
     """The C loops take every stride but those of a page's inside."""
     return pages.dtype is torch.float32 and pages.stride(4) == 1 and pages.stride(3) == pages.shape[4]
-
-
-def pack_linear(weight: Tensor) -> Tensor:
-    """weight [outputs, inputs] float32 -> [panels, inputs, panel], the layout of `linear`; `available()` must be true."""
-    lib = _required()
-    outputs, inputs = weight.shape
-    panels = -(-outputs // lib.panel)
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, panels * lib.panel - outputs))
-    return padded.view(panels, lib.panel, inputs).transpose(1, 2).contiguous()
-
-
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """x [T, inputs] float32 times what `pack_linear` made, plus bias [outputs] -> [T, outputs]; `available()` must be true."""
-    lib = _required()
-    x = x.contiguous()
-    tokens, inputs = x.shape
-    out = x.new_empty(tokens, outputs)
-    bias_at = None if bias is None else bias.data_ptr()
-    lib.linear(x.data_ptr(), packed.data_ptr(), bias_at, out.data_ptr(), tokens, outputs, inputs, torch.get_num_threads())
-    return out
-
-
-def _required() -> Library:
-    lib = library()
-    if lib is None:
-        raise RuntimeError("the compiled CPU kernels are not available")
-    return lib

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("cpu_ops.c", "cpu_linear.c", "cpu_attention.c")
+SOURCES = ("cpu_ops.c", "cpu_linear.c", "cpu_int8.c", "cpu_attention.c")
 HEADERS = ("cpu_vec.h",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 180.0

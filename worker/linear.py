@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import cpu
+from ..kernels import cpu, cpu_linear
 
 Linear = Callable[[Tensor], Tensor]
 """[T, inputs] -> [T, outputs]"""
@@ -39,11 +39,22 @@ class CompiledLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.outputs = weight.shape[0]
-        self.packed = cpu.pack_linear(weight)
+        self.packed = cpu_linear.pack(weight)
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return cpu.linear(x, self.packed, self.bias, self.outputs)
+        return cpu_linear.linear(x, self.packed, self.bias, self.outputs)
+
+
+class Int8Linear:
+    """Weights and inputs in 8 bits on a CPU: a token's result is the same bits in every batch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = cpu_linear.pack_int8(weight)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cpu_linear.linear_int8(x, self.weight, self.bias)
 
 
 class OneDnnLinear:
@@ -67,12 +78,18 @@ def linear_factory(device: torch.device | str, dtype: torch.dtype, quantize: str
         quantize: None, or "int8".
 
     Raises:
-        ValueError: the quantization does not exist, or not on this device.
+        ValueError: the quantization does not exist, or not for this device, dtype or machine.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    fp32_on_cpu = torch.device(device).type == "cpu" and dtype is torch.float32
+    if quantize == "int8":
+        if not fp32_on_cpu:
+            raise ValueError("quantize=int8 works on a CPU with dtype float32")
+        if not cpu.available():
+            raise ValueError("quantize=int8 needs a C compiler (gcc, cc or clang) on this machine")
+        return Int8Linear
     if quantize is not None:
-        raise ValueError(f"quantize: {quantize!r} is unknown (int8)")
-    if not on_cpu or dtype is not torch.float32:
+        raise ValueError(f"quantize={quantize!r} is unknown (int8)")
+    if not fp32_on_cpu:
         return PlainLinear
     if cpu.available():
         return CompiledLinear
