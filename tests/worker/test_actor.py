@@ -1,0 +1,270 @@
+"""The replica's actor as a plain object, with a real engine: frames, refusals as primitives, a lost reader, a death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+from paged_memory import expected_output, hash_engine
+from quire.worker.actor import ReplicaActor, raise_reply, reply_to
+from quire.worker.config import EngineOptions
+from quire.worker.outbox import Outbox
+from quire.worker.protocol import (
+    BadRequest,
+    EngineStats,
+    GenerateRequest,
+    Overloaded,
+    ReplicaLost,
+    SamplingParams,
+    SequenceOutput,
+    unpack_frame,
+)
+
+WAIT_S = 30.0
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
+
+
+def request(name: str, **params: Any) -> GenerateRequest:
+    return GenerateRequest(name, ((1, 2, 3),), SamplingParams(**({"max_tokens": 5, "ignore_eos": True, "seed": 1} | params)))
+
+
+def endless(name: str) -> GenerateRequest:
+    return request(name, max_tokens=None)
+
+
+async def until(true: Callable[[], object]) -> None:
+    while not true():  # noqa: ASYNC110 (other threads make it true)
+        await asyncio.sleep(0.005)
+
+
+async def report_with(actor: ReplicaActor, true: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    report = await actor.report()
+    while not true(report):
+        await asyncio.sleep(0.005)
+        report = await actor.report()
+    return report
+
+
+async def started(engine: Any = None, die: Callable[[int], None] = lambda code: None) -> ReplicaActor:
+    made = engine or hash_engine(pages=64, max_waiting=2, max_running=2)
+    actor = ReplicaActor("r0", 3, EngineOptions(), build=lambda options, progress: made, die=die)
+    await report_with(actor, lambda report: report["info"])
+    return actor
+
+
+async def outputs_of(frames: AsyncIterator[list[bytes]], name: str) -> list[SequenceOutput]:
+    outputs: list[SequenceOutput] = []
+    async for item in frames:
+        outputs += [o for data in item for o in unpack_frame(data).outputs if o.request_id == name]
+        if outputs and outputs[-1].finish:
+            return outputs
+    raise AssertionError("the frames ended before the request")
+
+
+async def connected(actor: ReplicaActor, name: str) -> AsyncIterator[list[bytes]]:
+    frames = actor.frames(name)
+    assert unpack_frame((await anext(frames))[0]).number == 0
+    return frames
+
+
+def test_a_request_runs_and_its_tokens_come_as_frames() -> None:
+    async def scenario() -> None:
+        actor = await started()
+        frames = await connected(actor, "i")
+        assert await actor.submit("i", 3, request("a").to_wire()) == ("ok",)
+        outputs = await outputs_of(frames, "a")
+        assert [t for o in outputs for t in o.tokens] == expected_output([1, 2, 3], 1, 5, ignore_eos=True)
+        report = await actor.report()
+        assert (report["replica_id"], report["epoch"], report["failure"]) == ("r0", 3, None)
+        assert EngineStats(*report["stats"]).pages_total == 64
+
+    run(scenario)
+
+
+def test_refusals_cross_as_primitives_and_come_back_as_what_they_were() -> None:
+    for error in (BadRequest("n", "too many"), Overloaded("full", 2.5), ReplicaLost("gone")):
+        reply = reply_to(error)
+        assert all(isinstance(part, str | float) for part in reply)
+        with pytest.raises(type(error)) as caught:
+            raise_reply(reply)
+        assert str(caught.value) == str(error)
+    raise_reply(reply_to(None))
+    with pytest.raises(ReplicaLost, match="unknown reply"):
+        raise_reply(("ok", 1))
+
+
+def test_what_the_engine_refuses_is_refused_here() -> None:
+    async def scenario() -> None:
+        actor = await started()
+        frames = await connected(actor, "i")
+        assert (await actor.submit("i", 3, b"\xc1"))[0] == "bad_request"
+        assert (await actor.submit("i", 3, request("b", max_tokens=10**9).to_wire()))[0] == "bad_request"
+        assert (await actor.submit("i", 2, request("c").to_wire()))[0] == "lost"  # another life's request
+        assert (await actor.submit("unknown", 3, request("d").to_wire()))[0] == "lost"
+        replies = [await actor.submit("i", 3, endless(f"e{k}").to_wire()) for k in range(8)]
+        assert {reply[0] for reply in replies} == {"ok", "overloaded"}
+        await frames.aclose()
+
+    run(scenario)
+
+
+def test_nothing_is_taken_before_the_engine_is_there() -> None:
+    async def scenario() -> None:
+        go = threading.Event()
+
+        def build(options: EngineOptions, progress: Callable[[int, int], None]) -> Any:
+            progress(3, 7)
+            go.wait(WAIT_S)
+            return hash_engine()
+
+        actor = ReplicaActor("r0", 3, EngineOptions(), build=build)
+        report = await report_with(actor, lambda report: report["to_load"])
+        assert (report["loaded"], report["to_load"]) == (3, 7)
+        assert (await actor.submit("i", 3, request("a").to_wire()))[0] == "lost"
+        with pytest.raises(ReplicaLost):
+            await anext(actor.frames("i"))
+        go.set()
+
+    run(scenario)
+
+
+def test_an_engine_that_cannot_be_built_says_why() -> None:
+    async def scenario() -> None:
+        def build(options: EngineOptions, progress: Callable[[int, int], None]) -> Any:
+            raise ValueError("rope_type 'spiral' is not supported")
+
+        actor = ReplicaActor("r0", 3, EngineOptions(), build=build)
+        report = await report_with(actor, lambda report: report["failure"])
+        assert report["failure"] == "rope_type 'spiral' is not supported"
+        assert report["info"] is None
+
+    run(scenario)
+
+
+def test_a_reader_that_goes_away_takes_its_requests_along() -> None:
+    async def scenario() -> None:
+        engine = hash_engine(pages=64, max_running=2)
+        actor = await started(engine)
+        frames, others = await connected(actor, "i"), await connected(actor, "j")
+        await actor.submit("i", 3, endless("a").to_wire())
+        await actor.submit("j", 3, request("b").to_wire())
+        await anext(frames)
+        await frames.aclose()
+        assert (await outputs_of(others, "b"))[-1].finish == "length"
+        await until(lambda: engine.idle())
+        assert await actor.renew("j")
+        assert not await actor.renew("i")
+
+    run(scenario)
+
+
+def test_abort_ends_a_request_of_this_life_only() -> None:
+    async def scenario() -> None:
+        actor = await started(hash_engine(pages=512, max_running=2))
+        frames = await connected(actor, "i")
+        await actor.submit("i", 3, endless("a").to_wire())
+        await actor.abort(2, "a", None)
+        await actor.submit("i", 3, request("b").to_wire())
+        seen = [o async for o in _until_finished(frames, "b")]
+        assert not any(o.request_id == "a" and o.finish == "abort" for o in seen)
+        await actor.abort(3, "a", None)
+        assert (await outputs_of(frames, "a"))[-1].finish == "abort"
+
+    run(scenario)
+
+
+async def _until_finished(frames: AsyncIterator[list[bytes]], name: str) -> AsyncIterator[SequenceOutput]:
+    async for item in frames:
+        for data in item:
+            for output in unpack_frame(data).outputs:
+                yield output
+                if output.request_id == name and output.finish:
+                    return
+
+
+def test_a_dead_engine_ends_its_frames_says_why_and_takes_the_process_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        codes: list[int] = []
+        engine = hash_engine()
+        actor = await started(engine, codes.append)
+        frames = await connected(actor, "i")
+        monkeypatch.setattr("quire.worker.actor.LAST_WORDS_S", 0.2)
+        monkeypatch.setattr(engine.scheduler, "plan", lambda: 1 / 0)
+        await actor.submit("i", 3, request("a").to_wire())
+        with pytest.raises(ReplicaLost, match="ZeroDivisionError"):
+            await outputs_of(frames, "a")
+        assert "ZeroDivisionError" in (await actor.report())["failure"]
+        assert (await actor.submit("i", 3, request("b").to_wire()))[0] == "lost"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_S):
+                await until(lambda: codes)
+        assert codes == [1]
+
+    run(scenario)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_slow_reader_gets_several_frames_at_a_time() -> None:
+    async def scenario() -> None:
+        outbox = Outbox(asyncio.get_running_loop(), time.monotonic, lambda: None)
+        thread = threading.Thread(target=lambda: [outbox.put(bytes([k])) for k in range(5)])
+        thread.start()
+        thread.join()
+        assert await outbox.take(WAIT_S) == [bytes([k]) for k in range(5)]
+        waiting = asyncio.create_task(outbox.take(WAIT_S))
+        await asyncio.sleep(0)
+        outbox.put(b"next")
+        assert await waiting == [b"next"]
+        with pytest.raises(TimeoutError):
+            await outbox.take(0.01)
+
+    run(scenario)
+
+
+def test_a_reader_that_falls_too_far_behind_is_given_up_once() -> None:
+    async def scenario() -> None:
+        given_up: list[int] = []
+        outbox = Outbox(asyncio.get_running_loop(), time.monotonic, lambda: given_up.append(1), max_bytes=10)
+        outbox.put(b"12345")
+        outbox.put(b"12345")
+        assert not given_up
+        outbox.put(b"1")
+        outbox.put(b"1")
+        assert given_up == [1]
+        with pytest.raises(ReplicaLost, match="more than 10 bytes"):
+            await outbox.take(WAIT_S)
+
+    run(scenario)
+
+
+def test_a_reader_that_does_not_renew_its_lease_is_given_up() -> None:
+    async def scenario() -> None:
+        given_up: list[int] = []
+        clock = Clock()
+        outbox = Outbox(asyncio.get_running_loop(), clock, lambda: given_up.append(1), lease_s=10)
+        clock.now_s = 9
+        outbox.renew()
+        clock.now_s = 18
+        outbox.put(b"1")
+        assert not given_up
+        clock.now_s = 20
+        outbox.put(b"2")
+        assert given_up == [1]
+        with pytest.raises(ReplicaLost, match=r"not renewed for 11\.0 s"):
+            await outbox.take(WAIT_S)
+
+    run(scenario)
