@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model_config import ModelConfig, UnsupportedModel
+from .model_config import ModelConfig, UnsupportedModel, in_bounds
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
 from .text.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
 
@@ -170,7 +170,7 @@ def _config(header: GgufHeader, names: set[str], divisors: tuple[float, ...], na
             raise UnsupportedModel(f"{arch}.{key} = {str(value)[:200]} is not a whole number")
         return value
 
-    hidden, heads, layers = whole("embedding_length"), whole("attention.head_count"), whole("block_count")
+    hidden, heads, layers = whole("embedding_length"), whole("attention.head_count"), in_bounds("num_layers", whole("block_count"))
     head_dim = whole("attention.key_length", hidden // max(heads, 1))
     if whole("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModel(f"{arch}.attention.value_length differs from the key length, which is not supported")

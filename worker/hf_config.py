@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .model_config import ModelConfig, UnsupportedModel
+from .model_config import ModelConfig, UnsupportedModel, in_bounds
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
 
 # What transformers assumes where a config.json is silent.
@@ -74,6 +74,7 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], name: st
     if config["hidden_act"] not in ("silu", "swish"):
         raise UnsupportedModel(f"hidden_act = {config['hidden_act']} is not supported, only silu is")
     num_layers, num_heads, hidden_size = (_int(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    in_bounds("num_layers", num_layers)
     attention_bias = bool(config.get("attention_bias")) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
     max_len = _int(config, "max_position_embeddings")
     return ModelConfig(

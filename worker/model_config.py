@@ -20,6 +20,13 @@ class UnsupportedModel(ValueError):
     """The model needs something that is not implemented, or its files contradict each other; the message names it."""
 
 
+def in_bounds(name: str, value: int) -> int:
+    """`value`, when it can be the size that `ModelConfig` calls `name`. Raises: UnsupportedModel."""
+    if not 1 <= value <= _MOST.get(name, 2**31):
+        raise UnsupportedModel(f"{name} is {value}")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder of the Llama family. Lengths in tokens, sizes in elements.
@@ -59,8 +66,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_model_len")
         for name in sizes:
-            if not 1 <= getattr(self, name) <= _MOST.get(name, 2**31):
-                raise UnsupportedModel(f"{name} is {getattr(self, name)}")
+            in_bounds(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(f"{self.num_heads} attention heads do not divide into {self.num_kv_heads} KV heads")
         if self.head_dim % 2:
