@@ -35,6 +35,9 @@ class Town:
         self.away = False  # the controller does not answer
         self.routes: list[Route] = []  # said instead of the controller's, while there are any
         self.renewed: list[str] = []
+        self.taken = asyncio.Event()  # a replica has taken a request
+        self.answers = asyncio.Event()  # and may say so
+        self.answers.set()
 
     async def add(self, replica_id: str, **engine: Any) -> Owner:
         owner = Owner(replica_id, self.controller.begin(replica_id, 1))
@@ -72,7 +75,10 @@ class Port:
         return self._actor.frames(connection)
 
     async def submit(self, connection: str, data: bytes) -> None:
-        raise_reply(await self._actor.submit(connection, self._epoch, data))
+        reply = await self._actor.submit(connection, self._epoch, data)
+        self._town.taken.set()
+        await self._town.answers.wait()
+        raise_reply(reply)
 
     def abort(self, request_id: str, choice: int | None) -> None:
         self._town.tasks = asyncio.ensure_future(self._actor.abort(self._epoch, request_id, choice))
@@ -226,12 +232,14 @@ def test_an_abort_and_a_caller_that_gives_up_reach_the_replica() -> None:
             await anext(stream)
             await stream.abort()
             await until(lambda: town.engines[owner].idle())
+            town.taken.clear()
+            town.answers.clear()
             submitting = asyncio.create_task(client.submit(request("b", max_tokens=None)))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await town.taken.wait()
             submitting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await submitting
+            town.answers.set()
             assert await text(await client.submit(request("c"))) == WANT
             await until(lambda: town.engines[owner].idle())
 
