@@ -1,0 +1,172 @@
+"""From an asked request to an HTTP answer: submit, wait while the client is there, send it whole or as it grows.
+
+The first output is awaited before the response starts, so everything that goes wrong until then has its own status. From
+then on errors are events. Whatever ends a request, its stream is closed, which frees its pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, NamedTuple, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from ...worker.protocol import BadRequest, GenerateRequest, QuireError, SamplingParams
+from .context import Api
+from .errors import CLIENT_GONE, ApiError, as_api_error
+from .generation import ChoiceDelta, Generation, Presentation
+from .lifecycle import Lifecycle, shutting_down
+from .reply import DONE, Reply, error_event
+from .schemas import SamplingBody
+
+SEND_TIMEOUT_S = 60.0
+
+Result = TypeVar("Result")
+
+
+class Asked(NamedTuple):
+    """A request as the engine will see it, and what the front end must remember of it."""
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    options: SamplingBody
+    names: Mapping[str, str]  # the engine's field -> the field that the client wrote
+    shown: Presentation
+
+
+def present(api: Api, body: SamplingBody, *, continues: bool = False, discard_output: bool = False) -> Presentation:
+    """How `body` wants to be answered."""
+    return Presentation(body.skip_special_tokens, body.include_stop_str_in_output, continues, discard_output, api.info.eos_token_ids)
+
+
+async def answer(request: Request, asked: Asked, reply: Reply) -> Response:
+    """Runs the request.
+
+    Raises:
+        ApiError, QuireError: it was refused, or failed before its first output; or the client left.
+    """
+    api: Api = request.app.state.api
+    async with AsyncExitStack() as stack:
+        stack.enter_context(api.lifecycle.track())
+        generation = await _submit(api, request, asked)
+        stack.push_async_callback(generation.close)
+        headers = {"X-Request-Id": asked.request_id}
+        if asked.options.stream:
+            first = await while_wanted(generation.__anext__(), request.receive, api.lifecycle)
+            return EventStream(generation, first, reply, api.lifecycle, headers, stack.pop_all())
+        await while_wanted(_collect(generation, reply), request.receive, api.lifecycle)
+        return JSONResponse(reply.body(generation.usage), headers=headers)
+
+
+async def _submit(api: Api, request: Request, asked: Asked) -> Generation:
+    started_s = time.perf_counter()
+    engine_request = GenerateRequest(
+        asked.request_id, asked.prompts, asked.params, priority=asked.options.priority, tenant=request.scope["state"]["tenant"]
+    )
+    try:
+        stream = await api.client.submit(engine_request)
+    except BadRequest as error:
+        longest = max(map(len, asked.prompts)) + (asked.params.max_tokens or 1)
+        if error.field in ("prompt", "max_tokens") and longest > api.info.max_model_len:
+            named = BadRequest(_client_field(error.field, asked.names), error.message)
+            raise ApiError(400, str(named), param=named.field, code="context_length_exceeded") from None
+        raise BadRequest(_client_field(error.field, asked.names), error.message) from None
+    return Generation(stream, engine_request, api.text.tokenizer, asked.shown, api.metrics.generation(started_s))
+
+
+def _client_field(field: str, names: Mapping[str, str]) -> str:
+    """The engine's field, in the client's words."""
+    head, dot, rest = field.removeprefix("params.").replace("[", ".").replace("]", "").partition(".")
+    return names.get(head, head) + dot + rest
+
+
+async def _collect(generation: Generation, reply: Reply) -> None:
+    async for delta in generation:
+        reply.add(delta)
+
+
+class EventStream(Response):
+    """The answer as server-sent events. Owns the generation from the moment it is made."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        first: ChoiceDelta,
+        reply: Reply,
+        lifecycle: Lifecycle,
+        headers: dict[str, str],
+        cleanup: AsyncExitStack,
+    ) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._generation = generation
+        self._first = first
+        self._reply = reply
+        self._lifecycle = lifecycle
+        self._cleanup = cleanup
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._cleanup:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            last: bytes | None
+            try:
+                await while_wanted(self._pump(send), receive, self._lifecycle)
+                last = self._reply.usage_event(self._generation.usage) + DONE if self._reply.include_usage else DONE
+            except ApiError as error:
+                last = error_event(error.body()) if error.status != CLIENT_GONE else None
+            except QuireError as error:
+                last = error_event(as_api_error(error).body())
+            if last is not None:
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _pump(self, send: Send) -> None:
+        await _send(send, self._reply.events(self._first))
+        async for delta in self._generation:
+            events = self._reply.events(delta)
+            if events:
+                await _send(send, events)
+
+
+async def _send(send: Send, body: bytes) -> None:
+    """Raises ApiError(CLIENT_GONE) for a client that has stopped reading."""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    except TimeoutError:
+        raise client_gone() from None
+
+
+async def while_wanted(work: Coroutine[Any, Any, Result], receive: Receive, lifecycle: Lifecycle) -> Result:
+    """`work`, cancelled as soon as nobody wants it.
+
+    Raises:
+        ApiError: the client left (CLIENT_GONE), or the server's grace time is over (503).
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(receive))
+    cut = asyncio.ensure_future(lifecycle.cut())
+    try:
+        await asyncio.wait((task, gone, cut), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise client_gone() if gone.done() else shutting_down()
+    finally:
+        for each in (task, gone, cut):
+            each.cancel()
+        await asyncio.gather(task, gone, cut, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def client_gone() -> ApiError:
+    """Ends a request that nobody waits for."""
+    return ApiError(CLIENT_GONE, "the client left")

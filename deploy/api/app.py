@@ -1,0 +1,58 @@
+"""The FastAPI application: routes, errors, and the middleware around them. No Ray here; whoever has an engine client can serve."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from ...cluster.client import EngineClient
+from ...worker.config import LimitOptions, ServerOptions
+from ...worker.protocol import ModelInfo
+from ...worker.text.tokenizer import Tokenizer
+from ..metrics import Metrics
+from . import chat, completions, errors, info_routes, text_routes
+from .auth import RequireKey, load_keys
+from .context import Api
+from .edge_text import EdgeText
+from .middleware import BodyLimit, CountRequests, StrictRequest
+
+
+def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, options: ServerOptions, limits: LimitOptions) -> FastAPI:
+    """The OpenAI API over `client`.
+
+    `app.state.api` is the `Api`; `app.state.lifecycle` drains it. There are no documentation routes: they would need
+    scripts from elsewhere, and a key.
+
+    Raises:
+        ValueError, OSError: the API keys cannot be used.
+    """
+    keys = load_keys(options)
+    api = Api(
+        client=client,
+        info=info,
+        text=EdgeText(tokenizer, info.max_model_len),
+        options=options,
+        limits=limits,
+        metrics=Metrics(client.stats),
+        fingerprint="fp_" + hashlib.sha256(repr(info).encode()).hexdigest()[:12],
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        api.text.close()
+
+    app = FastAPI(title="Quire", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.state.api = api
+    app.state.lifecycle = api.lifecycle
+    for module in (chat, completions, text_routes, info_routes):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body)  # the last one added stands outermost
+    app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(StrictRequest)
+    app.add_middleware(CountRequests, metrics=api.metrics)
+    return app

@@ -1,0 +1,173 @@
+"""One request on its way back: what the engine's outputs mean as text, choice by choice.
+
+Owns the `RequestStream` and one `TextStream` for each choice; knows nothing of HTTP. Text, stop strings and the words for
+how a choice ended are decided here, so that streamed and whole answers cannot differ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...cluster.client import RequestStream
+from ...worker.protocol import FinishReason, GenerateRequest, ReplicaLost, SequenceOutput, TokenLogprob
+from ...worker.text.detokenizer import TextOptions, TextStream
+from ...worker.text.tokenizer import Tokenizer
+from ..metrics import GenerationClock
+from .errors import engine_failed
+
+
+class Presentation(NamedTuple):
+    """How the answer is told, beyond what the engine's parameters say."""
+
+    skip_special_tokens: bool = True
+    include_stop: bool = False  # the stop string, or the stop token's text, stays in the answer
+    continues: bool = False  # the text goes on from the prompt's
+    discard_output: bool = False  # only the prompt is wanted: what is generated is neither shown nor counted
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class ChoiceDelta(NamedTuple):
+    """What one choice gained. `finish` is OpenAI's word ("stop", "length"), set once, with the choice's last delta."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    offsets: tuple[int, ...]  # for each of `logprobs`, the characters of the choice's text before its token
+    prompt_logprobs: tuple[TokenLogprob, ...] | None
+    finish: str | None
+    stop_reason: str | int | None  # the stop string, or the stop token id, that ended it; None for end-of-sequence
+
+
+class Usage(NamedTuple):
+    """Token counts so far. A prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def body(self) -> dict[str, object]:
+        """OpenAI's `usage`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class _Choice:
+    """One sequence: its text so far, and how many tokens made it."""
+
+    def __init__(self, text: TextStream) -> None:
+        self.text = text
+        self.tokens = 0
+        self.chars = 0
+
+
+class Generation:
+    """Iterates over `ChoiceDelta`s until every choice has ended. One reader; `close` it whatever happens.
+
+    Raises while iterating:
+        ReplicaLost: the replica is gone.
+        ApiError: 500, the engine could not compute a sequence.
+    """
+
+    def __init__(
+        self, stream: RequestStream, request: GenerateRequest, tokenizer: Tokenizer, shown: Presentation, clock: GenerationClock
+    ) -> None:
+        self._stream = stream
+        self._request = request
+        self._shown = shown
+        self._clock = clock
+        self._choices = [_Choice(_text_stream(tokenizer, request, shown)) for _ in range(len(request.prompts) * request.params.n)]
+        self._live = set(range(len(self._choices)))
+        self._cached = [0] * len(request.prompts)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> ChoiceDelta:
+        while self._live:
+            try:
+                output = await anext(self._stream)
+            except StopAsyncIteration:
+                raise ReplicaLost("the stream ended before its sequences did") from None
+            if output.choice in self._live:
+                return await self._take(output)
+        raise StopAsyncIteration
+
+    @property
+    def usage(self) -> Usage:
+        """The counts so far."""
+        prompt_tokens = sum(len(prompt) for prompt in self._request.prompts)
+        return Usage(prompt_tokens, sum(choice.tokens for choice in self._choices), sum(self._cached))
+
+    async def close(self) -> None:
+        """Gives back what still runs; a no-op when everything has ended."""
+        if self._live:
+            self._live.clear()
+            await self._stream.abort()
+
+    async def _take(self, output: SequenceOutput) -> ChoiceDelta:
+        if output.finish is FinishReason.ERROR:
+            raise engine_failed(output.error)
+        if output.finish is FinishReason.ABORT:
+            raise ReplicaLost("it gave the request up")
+        self._clock.tokens(output.choice)
+        prompt, sibling = divmod(output.choice, self._request.params.n)
+        if output.cached_tokens is not None and sibling == 0:
+            self._cached[prompt] = output.cached_tokens
+        delta = self._as_text(output)
+        if delta.finish is not None:
+            await self._end(output)
+        return delta
+
+    def _as_text(self, output: SequenceOutput) -> ChoiceDelta:
+        choice, shown = self._choices[output.choice], self._shown
+        if shown.discard_output:
+            none = () if output.logprobs is not None else None
+            return ChoiceDelta(output.choice, "", none, (), output.prompt_logprobs, FinishReason.LENGTH, None)
+        hidden = output.stop_token is not None and not shown.include_stop
+        text = choice.text.push(output.tokens[:-1] if hidden else output.tokens)
+        if output.finish is not None:
+            text += choice.text.finish()
+        before = choice.tokens
+        stopped = choice.text.stopped
+        choice.tokens = before + len(output.tokens) if stopped is None else stopped.tokens
+        choice.chars += len(text)
+        finish = output.finish if stopped is None else FinishReason.STOP
+        reason = output.stop_token if stopped is None else stopped.stop
+        if output.logprobs is None:
+            offsets: tuple[int, ...] = ()
+        else:
+            offsets = tuple(choice.text.offsets[before:])
+            offsets += (choice.chars,) * (choice.tokens - before - len(offsets))  # a stop token that is not shown
+        return ChoiceDelta(
+            output.choice,
+            text,
+            None if output.logprobs is None else output.logprobs[: choice.tokens - before],
+            offsets,
+            output.prompt_logprobs,
+            finish,
+            None if reason in shown.eos_token_ids else reason,
+        )
+
+    async def _end(self, output: SequenceOutput) -> None:
+        """A choice has ended; by a stop string the engine does not know of it yet."""
+        self._clock.ended(output.choice, self._choices[output.choice].tokens)
+        if output.finish is None:
+            await self._stream.abort(output.choice)
+        self._live.discard(output.choice)
+        if not self._live:
+            self._clock.all_ended()
+
+
+def _text_stream(tokenizer: Tokenizer, request: GenerateRequest, shown: Presentation) -> TextStream:
+    options = TextOptions(
+        stop=request.params.stop,
+        include_stop=shown.include_stop,
+        min_tokens=request.params.min_tokens,
+        skip_special_tokens=shown.skip_special_tokens,
+        continues=shown.continues,
+    )
+    return TextStream(tokenizer, options)

@@ -1,0 +1,145 @@
+"""The bodies of requests: names and types only. Bounds are checked once, at the engine's door (`worker.door`).
+
+Types are strict (no true for 1, no "1" for 1), numbers finite, integers of 64 bits, unknown fields refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...worker.protocol import BadRequest, SamplingParams
+
+Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Float = Annotated[float, Field(allow_inf_nan=False)]
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat has none
+
+
+class Strict(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class StreamOptions(Strict):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis: accepted, not added
+
+
+class SamplingBody(Strict):
+    """What chat and completions have in common: OpenAI's parameters, and vLLM's extras."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Int = 1
+    temperature: Float = 1.0
+    top_p: Float = 1.0
+    top_k: Int = 0
+    min_p: Float = 0.0
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    repetition_penalty: Float = 1.0
+    logit_bias: dict[str, Float] = {}
+    seed: Int | None = None
+    stop: Any = ()
+    stop_token_ids: list[Int] = []
+    min_tokens: Int = 0
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    priority: Int = 0
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        """The engine's parameters.
+
+        Raises:
+            BadRequest: `stop` is no string or list of strings, a key of `logit_bias` is no token id, or `stream_options`
+                stands without `stream`.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options", "is only for stream=true")
+        return SamplingParams(
+            n=self.n,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_token_keys(self.logit_bias),
+            seed=self.seed,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop=_strings("stop", self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Any]  # read by `messages.read_messages`
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    logprobs: bool = False
+    top_logprobs: Int | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Any  # read by `completions.read_prompts`
+    max_tokens: Int = COMPLETION_MAX_TOKENS
+    logprobs: Int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+
+class TokenizeBody(Strict):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool | None = None  # default: with a prompt yes, with messages no (the template has them)
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Int]
+
+
+def _token_keys(bias: dict[str, float]) -> dict[int, float]:
+    by_id = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 19):
+            raise BadRequest("logit_bias", f"{key[:32]!r} is not a token id")
+        by_id[int(key)] = value
+    return by_id
+
+
+def _strings(field: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
+        raise BadRequest(field, "must be a string or a list of strings")
+    return tuple(strings)

@@ -1,0 +1,74 @@
+"""What other servers have and this one does not, refused by name; and what may be ignored without changing the answer.
+
+One table: field -> values that mean "do not use it". Anything else in such a field is a 400, because an answer that
+silently lacks what was asked for is worse than none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...worker.protocol import BadRequest
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "logits_processors": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "prompt_embeds": (),
+}
+
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+    }
+)
+
+
+def refuse_unsupported(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` without the fields that change nothing.
+
+    Raises:
+        BadRequest: a field asks for something that is not there.
+    """
+    best_of = body.pop("best_of", None)
+    if best_of is not None and best_of != body.get("n", 1):
+        raise BadRequest("best_of", "is not supported unless it equals n")
+    for name in sorted(body.keys() & NEUTRAL.keys()):
+        value = body.pop(name)
+        if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
+            raise BadRequest(name, "is not supported")
+    return {name: value for name, value in body.items() if name not in IGNORED}

@@ -1,0 +1,130 @@
+"""Prometheus metrics of one ingress: what it measures itself, and what replicas report in their heartbeats.
+
+Every name here stands in docs/metrics.md. Labels come from fixed sets (replica ids, page states, actions, routes, status
+codes), never from requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..worker.protocol import EngineStats
+
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+_E2E_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_COUNTERS = {
+    "quire_steps": ("Steps that the engine has run.", "steps"),
+    "quire_step_seconds": ("Time spent in steps.", "step_seconds"),
+    "quire_prompt_tokens": ("Prompt tokens of admitted requests.", "prompt_tokens"),
+    "quire_output_tokens": ("Tokens generated.", "output_tokens"),
+    "quire_prefix_query_tokens": ("Prompt tokens looked up in the prefix cache.", "prefix_query_tokens"),
+    "quire_prefix_hit_tokens": ("Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
+    "quire_recomputed_tokens": ("Tokens computed again after a preemption.", "recomputed_tokens"),
+}
+_GAUGES = {
+    "quire_requests_running": ("Sequences in the running batch.", "running"),
+    "quire_requests_waiting": ("Sequences that wait for a place.", "waiting"),
+}
+_PAGE_STATES = ("free", "cached", "active", "reserved")
+
+
+class Metrics:
+    """One registry for one app."""
+
+    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside every histogram, of no use to anybody
+        self._registry = CollectorRegistry()
+        self._http: dict[tuple[str, int], int] = {}
+        self._ttft = Histogram("quire_ttft_seconds", "Request received to first output.", buckets=_TTFT_S, registry=self._registry)
+        self._tpot = Histogram("quire_tpot_seconds", "Time per output token after the first.", buckets=_TPOT_S, registry=self._registry)
+        self._e2e = Histogram("quire_e2e_seconds", "Request received to its end.", buckets=_E2E_S, registry=self._registry)
+        self._registry.register(_EngineCollector(stats))
+        self._registry.register(_HttpCollector(self._http))
+
+    def count_request(self, route: str, status: int) -> None:
+        """One HTTP request was answered."""
+        self._http[route, status] = self._http.get((route, status), 0) + 1
+
+    def generation(self, started_s: float) -> GenerationClock:
+        """A clock for a request that was received at `started_s` (time.perf_counter)."""
+        return GenerationClock(self._ttft, self._tpot, self._e2e, started_s)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+
+class GenerationClock:
+    """When the outputs of one request came. Only requests that end by themselves count for latency."""
+
+    def __init__(self, ttft: Histogram, tpot: Histogram, e2e: Histogram, started_s: float) -> None:
+        self._ttft = ttft
+        self._tpot = tpot
+        self._e2e = e2e
+        self._started_s = started_s
+        self._first_s: dict[int, float] = {}
+
+    def tokens(self, choice: int) -> None:
+        """Output of a choice has come."""
+        if choice not in self._first_s:
+            now_s = time.perf_counter()
+            if not self._first_s:
+                self._ttft.observe(now_s - self._started_s)
+            self._first_s[choice] = now_s
+
+    def ended(self, choice: int, tokens: int) -> None:
+        """A choice has ended with so many tokens."""
+        if tokens > 1 and choice in self._first_s:
+            self._tpot.observe((time.perf_counter() - self._first_s[choice]) / (tokens - 1))
+
+    def all_ended(self) -> None:
+        """The request has ended."""
+        self._e2e.observe(time.perf_counter() - self._started_s)
+
+
+class _EngineCollector(Collector):
+    """What replicas said last. Counters are theirs: they start again when a replica does."""
+
+    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        replicas = sorted(self._stats().items())
+        pages = GaugeMetricFamily("quire_pages", "Pages by what they hold.", labels=["replica", "state", "tier"])
+        for replica, stats in replicas:
+            for state in _PAGE_STATES:
+                pages.add_metric([replica, state, "device"], getattr(stats, f"pages_{state}"))
+        yield pages
+        for name, (text, field) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["replica"])
+            for replica, stats in replicas:
+                gauge.add_metric([replica], getattr(stats, field))
+            yield gauge
+        for name, (text, field) in _COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["replica"])
+            for replica, stats in replicas:
+                counter.add_metric([replica], getattr(stats, field))
+            yield counter
+        preemptions = CounterMetricFamily("quire_preemptions", "Sequences put aside for lack of pages.", labels=["replica", "action"])
+        for replica, stats in replicas:
+            for action, count in sorted(stats.preemptions.items()):
+                preemptions.add_metric([replica, action], count)
+        yield preemptions
+
+
+class _HttpCollector(Collector):
+    def __init__(self, counts: Mapping[tuple[str, int], int]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("quire_http_requests", "HTTP requests answered.", labels=["route", "status"])
+        for (route, status), count in sorted(self._counts.items()):
+            family.add_metric([route, str(status)], count)
+        yield family

@@ -1,0 +1,187 @@
+"""The real app under the real server, over the real engine loop; only Ray is left out between them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import uvicorn
+from quire.cluster.stream import Owner, StreamTable, TableStream
+from quire.deploy.api.app import create_app
+from quire.deploy.api.context import Api
+from quire.deploy.api.http_server import server_config
+from quire.worker.config import LimitOptions, ServerOptions
+from quire.worker.door import Door
+from quire.worker.engine import Engine
+from quire.worker.engine_loop import EngineLoop
+from quire.worker.page_pool import PagePool
+from quire.worker.plan import Sampled, StepPlan, StepResult
+from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, TokenLogprob
+from quire.worker.scheduler import Scheduler
+from quire.worker.text.tokenizer import Tokenizer
+
+WAIT_S = 60.0
+T = TypeVar("T")
+
+
+class LoopClient:
+    """An `EngineClient` over an `EngineLoop` in this process: same frames, same stream table as over Ray."""
+
+    def __init__(self, engine_loop: EngineLoop, info: ModelInfo) -> None:
+        self._engine_loop = engine_loop
+        self._info = info
+        self._owner = Owner("r0", 1)
+        self._loop = asyncio.get_running_loop()
+        self._news = threading.Condition()
+        self.table = StreamTable(self._abort, time.monotonic)
+        self.clock_ahead_s = 0.0
+        self.submitted = threading.Semaphore(0)
+
+    def connect(self) -> None:
+        self.table.connect(self._owner)
+        self._engine_loop.subscribe("test", lambda frame: self._loop.call_soon_threadsafe(self._feed, frame))
+
+    async def submit(self, request: GenerateRequest) -> TableStream:
+        stream = self.table.register(request, self._owner)
+        try:
+            await asyncio.wrap_future(self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(request.to_wire())))
+        except BaseException:
+            self.table.withdraw(request.request_id)
+            raise
+        self.submitted.release()
+        return stream
+
+    async def info(self) -> ModelInfo:
+        return self._info
+
+    def stats(self) -> dict[str, EngineStats]:
+        return self.table.stats()
+
+    def silent_s(self) -> float:
+        return self.table.silent_s() + self.clock_ahead_s
+
+    def lose_replica(self) -> None:
+        """As if the replica had died; call `connect` to have it back."""
+        self.table.drop(self._owner, "it died")
+
+    def wait_for(self, wanted: Callable[[EngineStats], bool]) -> EngineStats:
+        """Blocks another thread until a heartbeat satisfies `wanted`."""
+
+        def satisfied() -> bool:
+            stats = self.table.stats().get("r0")
+            return stats is not None and wanted(stats)
+
+        with self._news:
+            if not self._news.wait_for(satisfied, WAIT_S):
+                raise TimeoutError(f"never seen; the latest was {self.table.stats()}")
+        return self.table.stats()["r0"]
+
+    def _feed(self, frame: bytes) -> None:
+        with self._news:
+            self.table.feed(frame)
+            self._news.notify_all()
+
+    async def _abort(self, _: Owner, request_id: str, choice: int | None) -> None:
+        self._engine_loop.abort(request_id, choice)
+
+
+class ServerThread:
+    """One server on a port of its own, in a thread with an event loop of its own."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: ServerOptions, limits: LimitOptions) -> None:
+        self.engine_loop = EngineLoop(engine, "r0", 1, heartbeat_s=0.02, on_death=self._engine_died)
+        self._args = (engine.info, tokenizer, options, limits)
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="server")
+
+    def __enter__(self) -> ServerThread:
+        self.engine_loop.start()
+        self._thread.start()
+        if not self._started.wait(WAIT_S):
+            raise TimeoutError("the server did not start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(WAIT_S)
+        self.engine_loop.stop()
+
+    def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Calls a function on the server's loop."""
+
+        async def once() -> None:
+            function()
+
+        self.on_loop(once())
+
+    @property
+    def api(self) -> Api:
+        return self.app.state.api
+
+    def _engine_died(self, _: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self.client.lose_replica)
+
+    async def _main(self) -> None:
+        info, tokenizer, options, limits = self._args
+        self._loop = asyncio.get_running_loop()
+        self.client = LoopClient(self.engine_loop, info)
+        self.client.connect()
+        self.app = create_app(self.client, tokenizer, info, options, limits)
+        outer = self
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[Any] | None = None) -> None:
+                await super().startup(sockets)
+                outer.port = self.servers[0].sockets[0].getsockname()[1]
+                outer.url = f"http://127.0.0.1:{outer.port}"
+                outer._started.set()
+
+        self._server = Server(server_config(self.app, options))
+        await self._server.serve()
+
+
+@dataclass
+class ScriptRunner:
+    """A model that always says the same: output token i of every sequence is `script[i % len]`; -1 is a failure."""
+
+    script: Sequence[int] = (0,)
+    known: dict[int, tuple[int, Any]] = field(default_factory=dict)
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if not self.go.wait(WAIT_S):
+            raise TimeoutError("the test holds the engine")
+        for seq in plan.forget:
+            del self.known[seq]
+        for new in plan.new:
+            self.known[new.seq] = (new.prompt_len, new.params)
+        return StepResult(plan.step, tuple(self._sampled(row.seq, row.start + row.num_tokens) for row in plan.rows if row.samples))
+
+    def _sampled(self, seq: int, end: int) -> Sampled:
+        prompt_len, params = self.known[seq]
+        token = self.script[(end - prompt_len) % len(self.script)]
+        if token < 0:
+            return Sampled(seq, 0, None, "the logits are not finite")
+        if params.logprobs is None:
+            return Sampled(seq, token)
+        top = ((token, -0.25), (token + 1, float("-inf")))[: params.logprobs]
+        return Sampled(seq, token, TokenLogprob(token, -0.25, top))
+
+
+def script_engine(
+    runner: ScriptRunner, vocab: int, eos: int, *, max_model_len: int = 4096, max_running: int = 16, max_waiting: int = 64
+) -> Engine:
+    """The real engine around a script."""
+    pages, page_size = 1024, 16
+    pool = PagePool(pages, page_size, b"key", True)
+    door = Door(LimitOptions(), vocab, max_model_len, pages * page_size, max_running + max_waiting)
+    info = ModelInfo("script", "", max_model_len, vocab, (eos,), 1_700_000_000)
+    return Engine(Scheduler(pool, 512, max_running, (eos,)), runner, door, info, max_waiting)

@@ -1,0 +1,214 @@
+"""Bytes to checked bodies: every wrong one is a 400 with the field's path."""
+
+import json
+
+import pytest
+from quire.deploy.api.body import parse
+from quire.deploy.api.completions import read_prompts
+from quire.deploy.api.errors import ApiError
+from quire.deploy.api.messages import read_messages
+from quire.deploy.api.schemas import ChatBody, CompletionBody
+from quire.deploy.api.unsupported import IGNORED, NEUTRAL
+from quire.worker.protocol import BadRequest, SamplingParams
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: object) -> ChatBody:
+    return parse(json.dumps({"messages": HELLO, **fields}).encode(), ChatBody)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+        (b'{"temperature": NaN}', "NaN"),
+        (b'{"temperature": -Infinity}', "Infinity"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"prompt": ' + b"[" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+    ],
+)
+def test_what_is_not_json_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        parse(raw, CompletionBody)
+    assert caught.value.status == 400
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    assert parse(b'{"prompt": "\\ud83d\\ude00"}', CompletionBody).prompt == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", True),
+        ("n", 1.0),
+        ("n", "1"),
+        ("n", 2**63),
+        ("max_tokens", 10**30),
+        ("temperature", True),
+        ("temperature", "0.5"),
+        ("seed", 0.5),
+        ("stream", 1),
+        ("logprobs", 3),
+        ("top_logprobs", True),
+        ("stop", [1]),
+        ("stop", {"a": "b"}),
+        ("stop_token_ids", "5"),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"9" * 30: 1}),
+        ("messages", "Hello"),
+        ("messages", None),
+        ("stream_options", {"include_usage": True}),  # without stream
+        ("colour", "blue"),
+    ],
+)
+def test_a_wrong_type_names_its_field(field: str, value: object) -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(**{field: value}).sampling(max_tokens=None, logprobs=None)
+    assert caught.value.field == field
+
+
+def test_the_path_of_a_nested_field_is_named() -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(stream=True, stream_options={"include_usage": "yes"})
+    assert caught.value.field == "stream_options.include_usage"
+    with pytest.raises(BadRequest) as caught:
+        chat(logit_bias={"5": True})
+    assert caught.value.field == "logit_bias.5"
+
+
+def test_numbers_that_overflow_are_refused() -> None:
+    for number in (b"1e999", b"1" + b"0" * 400):
+        with pytest.raises(BadRequest) as caught:
+            parse(b'{"prompt": "a", "temperature": ' + number + b"}", CompletionBody)
+        assert caught.value.field == "temperature"
+
+
+def test_null_means_not_given_even_for_unknown_fields() -> None:
+    body = chat(temperature=None, tools=None, colour=None, stop=None, seed=None)
+    assert body.temperature == 1.0
+    assert body.sampling(max_tokens=None, logprobs=None) == SamplingParams()
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+def test_what_is_not_there_is_refused_by_name(field: str) -> None:
+    with pytest.raises(BadRequest, match="not supported") as caught:
+        chat(**{field: {"something": 1}})
+    assert caught.value.field == field
+    for neutral in NEUTRAL[field]:
+        chat(**{field: neutral})
+
+
+def test_false_is_not_zero_in_the_neutral_values() -> None:
+    with pytest.raises(BadRequest):
+        chat(use_beam_search=0)
+
+
+def test_best_of_must_equal_n() -> None:
+    chat(n=2, best_of=2)
+    with pytest.raises(BadRequest) as caught:
+        chat(best_of=2)
+    assert caught.value.field == "best_of"
+
+
+@pytest.mark.parametrize("field", sorted(IGNORED))
+def test_what_changes_nothing_is_taken(field: str) -> None:
+    chat(**{field: "anything"})
+
+
+def test_sampling_parameters_arrive() -> None:
+    body = chat(
+        n=2, temperature=0, top_p=0.5, top_k=3, min_p=0.1, stop="x", logit_bias={"7": -1}, stop_token_ids=[5], min_tokens=2, ignore_eos=True
+    )
+    assert body.sampling(max_tokens=9, logprobs=4) == SamplingParams(
+        n=2,
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.0,
+        top_p=0.5,
+        top_k=3,
+        min_p=0.1,
+        stop=("x",),
+        logit_bias={7: -1.0},
+        stop_token_ids=(5,),
+        logprobs=4,
+        ignore_eos=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("Hello", "messages.0"),
+        ({"role": "user"}, "messages.0.content"),
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ({"role": "user", "content": []}, "messages.0.content"),
+        ({"role": "user", "content": 5}, "messages.0.content"),
+        ({"content": "x"}, "messages.0.role"),
+        ({"role": "wizard", "content": "x"}, "messages.0.role"),
+        ({"role": ["user"], "content": "x"}, "messages.0.role"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages.0.role"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+        ({"role": "user", "content": "x", "mood": "gay"}, "messages.0.mood"),
+        ({"role": "user", "content": ["x"]}, "messages.0.content.0"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x"}}]},
+            "messages.0.content.1.type",
+        ),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages.0.content.0.type"),
+    ],
+)
+def test_a_wrong_message_names_the_place(message: object, field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_messages([message])
+    assert caught.value.field == field
+
+
+def test_messages_become_role_and_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answer = {
+        "role": "assistant",
+        "content": "c",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+    }
+    assert read_messages([{"role": "developer", "content": "s"}, {"role": "user", "content": parts, "name": "Ada"}, answer]) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"},
+    ]
+    with pytest.raises(BadRequest):
+        read_messages([])
+
+
+def test_the_four_forms_of_a_prompt() -> None:
+    assert read_prompts("a", 4) == ["a"]
+    assert read_prompts(["a", "b"], 4) == ["a", "b"]
+    assert read_prompts([1, 2], 4) == [(1, 2)]
+    assert read_prompts([[1, 2], [3]], 4) == [(1, 2), (3,)]
+
+
+@pytest.mark.parametrize(
+    "raw", [[], [[]], [1, "a"], ["a", [1]], ["a", 1], [[1], "a"], [True], [1.0], [[1.5]], {"a": 1}, 5, [-1], [2**70], [[None]]]
+)
+def test_a_prompt_in_no_form_is_refused(raw: object) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_prompts(raw, 4)
+    assert caught.value.field.startswith("prompt")
+
+
+def test_too_many_prompts_are_refused_before_they_are_tokenized() -> None:
+    with pytest.raises(BadRequest, match="at most 4"):
+        read_prompts(["a"] * 5, 4)

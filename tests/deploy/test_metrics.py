@@ -1,0 +1,89 @@
+"""Metrics: the names that docs/metrics.md promises, and nothing else; values and labels from where they should come."""
+
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+from quire.deploy.metrics import Metrics
+from quire.worker.protocol import EngineStats
+
+STATS = EngineStats(
+    steps=1,
+    running=2,
+    waiting=3,
+    pages_total=26,
+    pages_free=5,
+    pages_cached=6,
+    pages_active=7,
+    pages_reserved=8,
+    prompt_tokens=9,
+    output_tokens=10,
+    prefix_query_tokens=11,
+    prefix_hit_tokens=12,
+    recomputed_tokens=13,
+    preemptions={"recompute": 14},
+    step_seconds=1.5,
+)
+
+
+def exported(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    families = text_string_to_metric_families(metrics.exposition().decode())
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
+
+
+def test_docs_list_exactly_what_is_exported(root: Path) -> None:
+    metrics = Metrics(lambda: {"r0": STATS})
+    metrics.count_request("/live", 200)
+    text = metrics.exposition().decode()
+    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*)\|", (root / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert {name: kind for name, kind, _ in rows} == types
+    labels = {name: set(re.findall(r"`(\w+)`", listed)) for name, _, listed in rows}
+    for name, pairs in exported(metrics):
+        family = re.sub(r"_(bucket|count|sum)$", "", name) if name not in types else name
+        assert {label for label, _ in pairs} - {"le"} == labels[family], name
+
+
+def test_replicas_are_told_apart() -> None:
+    values = exported(Metrics(lambda: {"r0": STATS, "r1": STATS._replace(pages_free=50, preemptions={"recompute": 0})}))
+    for state, count in {"free": 5, "cached": 6, "active": 7, "reserved": 8}.items():
+        assert values["quire_pages", frozenset({("replica", "r0"), ("state", state), ("tier", "device")})] == count
+    assert values["quire_pages", frozenset({("replica", "r1"), ("state", "free"), ("tier", "device")})] == 50
+    assert values["quire_preemptions_total", frozenset({("replica", "r0"), ("action", "recompute")})] == 14
+    r0 = frozenset({("replica", "r0")})
+    by_name = {
+        "steps": 1,
+        "prompt_tokens": 9,
+        "output_tokens": 10,
+        "prefix_query_tokens": 11,
+        "prefix_hit_tokens": 12,
+        "recomputed_tokens": 13,
+    }
+    for name, count in {**by_name, "step_seconds": 1.5}.items():
+        assert values[f"quire_{name}_total", r0] == count
+    assert values["quire_requests_running", r0] == 2
+    assert values["quire_requests_waiting", r0] == 3
+
+
+def test_latencies_of_a_request_with_two_choices() -> None:
+    metrics = Metrics(dict)
+    clock = metrics.generation(started_s=0.0)
+    for choice in (0, 1, 0):
+        clock.tokens(choice)
+    clock.ended(0, tokens=2)
+    clock.ended(1, tokens=1)  # a single token has no time between tokens
+    clock.all_ended()
+    values = exported(metrics)
+    counts = {name: values[f"quire_{name}_seconds_count", frozenset()] for name in ("ttft", "tpot", "e2e")}
+    assert counts == {"ttft": 1, "tpot": 1, "e2e": 1}
+    assert values["quire_ttft_seconds_sum", frozenset()] <= values["quire_e2e_seconds_sum", frozenset()]
+
+
+def test_requests_are_counted_by_route_and_status() -> None:
+    metrics = Metrics(dict)
+    metrics.count_request("/v1/models", 200)
+    metrics.count_request("/v1/models", 200)
+    metrics.count_request("other", 404)
+    values = exported(metrics)
+    assert values["quire_http_requests_total", frozenset({("route", "/v1/models"), ("status", "200")})] == 2
+    assert values["quire_http_requests_total", frozenset({("route", "other"), ("status", "404")})] == 1
