@@ -1,12 +1,13 @@
 /* y = x W^T + bias with weights and inputs of 8 bits, sums exact in 32.
  *
- * An output's weights share one scale; a token's inputs are quantised here, each GROUP of them with a scale of its own (one for
- * the whole token costs several per cent of perplexity: a few inputs are far larger than the rest). Weights are kept with 128
- * added, as the instructions multiply unsigned by signed bytes; the sum of the inputs takes it off again:
+ * GROUP inputs at a time share a scale, in each output's weights and in each token's inputs, which are quantised here. (With one
+ * scale for a whole token perplexity rises by several per cent: a few inputs are far larger than the rest.) Weights are kept with
+ * 128 added, as the instructions multiply unsigned by signed bytes; the sum of the inputs takes it off again:
  *
- *     y[n] = scale[n] * sum over groups g of s[g] * (sum over k in g of (w[n][k] + 128) * q[k]  -  128 * sum of q[k])
+ *     y[n] = sum over groups g of scale[n][g] * s[g] * (sum over k in g of (w[n][k] + 128) * q[k]  -  128 * sum of q[k])
  *
- * Panels as in cpu_linear.c, four inputs together: [outputs / PANEL][inputs / 4][PANEL][4], inputs padded to whole groups.
+ * Panels as in cpu_linear.c, four inputs together: [outputs / PANEL][inputs / 4][PANEL][4], inputs padded to whole groups;
+ * scales: [outputs / PANEL][groups][PANEL].
  */
 #include "cpu_vec.h"
 
@@ -60,7 +61,7 @@ INLINE vi dot(vi sum, vu weights, Inputs x) {
 #endif
 }
 
-INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t *w, vf acc[][WIDE], int64_t count) {
+INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t *w, const float *scale, vf acc[][WIDE], int64_t count) {
     vf total[TILE][WIDE];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int n = 0; n < WIDE; n++) total[t][n] = splat(0);
@@ -81,8 +82,11 @@ INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t
                 UNROLL for (int n = 0; n < WIDE; n++) sums[t][n] = dot(sums[t][n], row[n], in);
             }
         }
-        UNROLL for (int t = 0; t < tokens; t++)
-            UNROLL for (int n = 0; n < WIDE; n++) total[t][n] += splat(groups[t * count + g].scale) * __builtin_convertvector(sums[t][n], vf);
+        UNROLL for (int n = 0; n < WIDE; n++) {
+            vf s = load(scale + g * PANEL + n * VL);
+            UNROLL for (int t = 0; t < tokens; t++)
+                total[t][n] += splat(groups[t * count + g].scale) * s * __builtin_convertvector(sums[t][n], vf);
+        }
     }
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int n = 0; n < WIDE; n++) acc[t][n] = total[t][n];
@@ -117,7 +121,7 @@ static void quantise(const float *x, int64_t n, int8_t *bytes, Group *groups) {
     }
 }
 
-/* x [tokens, inputs], w packed, scale [outputs], bias [outputs] or NULL, y [tokens, outputs];
+/* x [tokens, inputs], w and scale packed, bias [outputs] or NULL, y [tokens, outputs];
  * work: 72 bytes for each token and group, at an address that is a multiple of 4. */
 void quire_linear_int8(const float *x, const uint8_t *w, const float *scale, const float *bias, float *y, void *work, int64_t tokens, int64_t outputs,
                        int64_t inputs, int threads) {
@@ -128,9 +132,10 @@ void quire_linear_int8(const float *x, const uint8_t *w, const float *scale, con
     {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) quantise(x + t * inputs, inputs, bytes + t * count * GROUP, groups + t * count);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t panel = 0; panel < panels; panel++) {
             const uint8_t *weights = w + panel * PANEL * count * GROUP;
+            const float *scales = scale + panel * PANEL * count;
             int64_t n0 = panel * PANEL, width = outputs - n0 < PANEL ? outputs - n0 : PANEL;
             for (int64_t i = 0; i < tiles; i++) {
                 int64_t first = tokens * i / tiles;
@@ -139,20 +144,20 @@ void quire_linear_int8(const float *x, const uint8_t *w, const float *scale, con
                 const Group *grouped = groups + first * count;
                 vf acc[TILE][WIDE];
                 switch (height) {
-                case 1: tile(1, in, grouped, weights, acc, count); break;
-                case 2: tile(2, in, grouped, weights, acc, count); break;
-                case 3: tile(3, in, grouped, weights, acc, count); break;
-                case 4: tile(4, in, grouped, weights, acc, count); break;
+                case 1: tile(1, in, grouped, weights, scales, acc, count); break;
+                case 2: tile(2, in, grouped, weights, scales, acc, count); break;
+                case 3: tile(3, in, grouped, weights, scales, acc, count); break;
+                case 4: tile(4, in, grouped, weights, scales, acc, count); break;
 #if TILE > 4
-                case 5: tile(5, in, grouped, weights, acc, count); break;
-                case 6: tile(6, in, grouped, weights, acc, count); break;
-                case 7: tile(7, in, grouped, weights, acc, count); break;
-                case 8: tile(8, in, grouped, weights, acc, count); break;
+                case 5: tile(5, in, grouped, weights, scales, acc, count); break;
+                case 6: tile(6, in, grouped, weights, scales, acc, count); break;
+                case 7: tile(7, in, grouped, weights, scales, acc, count); break;
+                case 8: tile(8, in, grouped, weights, scales, acc, count); break;
 #endif
                 }
                 for (int t = 0; t < height; t++) {
                     float *out = y + (first + t) * outputs + n0, *sums = (float *)acc[t];
-                    for (int n = 0; n < width; n++) out[n] = sums[n] * scale[n0 + n] + (bias ? bias[n0 + n] : 0.0f);
+                    for (int n = 0; n < width; n++) out[n] = sums[n] + (bias ? bias[n0 + n] : 0.0f);
                 }
             }
         }

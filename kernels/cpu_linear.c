@@ -43,7 +43,7 @@ INLINE void tile(int tokens, const float *x, const float *w, vf acc[][WIDE], int
 /* x [tokens, inputs], w packed, bias [outputs] or NULL, y [tokens, outputs] */
 void quire_linear(const float *x, const float *w, const float *bias, float *y, int64_t tokens, int64_t outputs, int64_t inputs, int threads) {
     int64_t panels = (outputs + PANEL - 1) / PANEL, tiles = (tokens + TILE - 1) / TILE;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t panel = 0; panel < panels; panel++) {
         const float *weights = w + panel * PANEL * inputs;
         int64_t n0 = panel * PANEL, width = outputs - n0 < PANEL ? outputs - n0 : PANEL;

@@ -18,10 +18,11 @@ INT8_WORK_BYTES = 72  # for each token and group: 64 inputs, a scale, a sum
 
 
 class Int8Weight(NamedTuple):
-    """A weight in 8 bits: packed uint8 [panels, inputs / 4, panel, 4], and the outputs' scales float32 [outputs]."""
+    """A weight in 8 bits, packed: bytes uint8 [panels, inputs / 4, panel, 4] and scales float32 [panels, groups, panel]."""
 
     packed: Tensor
     scale: Tensor
+    outputs: int
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -42,33 +43,36 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tens
     return out
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [outputs, inputs] ~ q * scale[:, None]: q int8 in [-127, 127], scale float32 [outputs] (the largest weight / 127)."""
-    scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, inputs] ~ q * scale, each INT8_GROUP inputs of a row apart: q int8 [N, groups, INT8_GROUP] in [-127, 127], with zeros
+    in place of what the last group lacks, and scale float32 [N, groups] (the largest of the group / 127)."""
+    groups = F.pad(x, (0, -x.shape[1] % INT8_GROUP)).view(x.shape[0], -1, INT8_GROUP)
+    scale = groups.abs().amax(2) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return (groups * inverse[:, :, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def pack_int8(weight: Tensor) -> Int8Weight:
-    """weight [outputs, inputs] float32, quantised and packed with 128 added; padding stands for zero."""
+    """weight [outputs, inputs] float32, quantised and packed with 128 added to the bytes; padding stands for zero."""
     panel = _required().panel
-    quantized, scale = quantize(weight)
-    outputs, inputs = weight.shape
-    panels, padded_inputs = -(-outputs // panel), -(-inputs // INT8_GROUP) * INT8_GROUP
-    padded = F.pad(quantized, (0, padded_inputs - inputs, 0, panels * panel - outputs)).view(torch.uint8) ^ 128
-    return Int8Weight(padded.view(panels, panel, padded_inputs // 4, 4).transpose(1, 2).contiguous(), scale)
+    outputs = weight.shape[0]
+    panels = -(-outputs // panel)
+    quantized, scale = quantize(F.pad(weight, (0, 0, 0, panels * panel - outputs)))
+    shifted = quantized.view(torch.uint8) ^ 128
+    packed = shifted.view(panels, panel, -1, 4).transpose(1, 2).contiguous()
+    return Int8Weight(packed, scale.view(panels, panel, -1).transpose(1, 2).contiguous(), outputs)
 
 
 def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """x [T, inputs] float32, quantised by INT8_GROUP inputs of a token, times the weight, plus bias [outputs] -> [T, outputs]."""
     x = x.contiguous()
     tokens, inputs = x.shape
-    outputs = weight.scale.shape[0]
-    out = x.new_empty(tokens, outputs)
+    out = x.new_empty(tokens, weight.outputs)
     work = torch.empty(tokens * -(-inputs // INT8_GROUP) * INT8_WORK_BYTES, dtype=torch.uint8)
     bias_at = None if bias is None else bias.data_ptr()
     _required().linear_int8(
         x.data_ptr(), weight.packed.data_ptr(), weight.scale.data_ptr(), bias_at, out.data_ptr(), work.data_ptr(),
-        tokens, outputs, inputs, torch.get_num_threads(),
+        tokens, weight.outputs, inputs, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
