@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ class Sampler:
         if not rows:
             return []
         scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        raw = logits[scored] if scored else None
+        raw = _take(logits, scored) if scored else None
         self._edit(logits, rows)
         tokens, finite = _choose(logits, rows)
         result = [Drawn(token) if ok else Drawn(0, None, _NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
@@ -83,19 +83,22 @@ class Sampler:
             if (p.presence_penalty or p.frequency_penalty) and len(row.tokens) > row.prompt_len:
                 seen, counts = np.unique(row.tokens[row.prompt_len :], return_counts=True)
                 counted.add(i, seen, counts * p.frequency_penalty + p.presence_penalty)
+        # On a CPU through NumPy: few cells, not worth waking torch's threads for.
+        cpu = logits.device.type == "cpu"
+        matrix: Any = logits.numpy() if cpu else logits
         if bias:
             at, values = bias.on(logits.device)
-            logits[at] += values
+            matrix[at] += values
         if banned:
             at, values = banned.on(logits.device)
-            logits[at] = values
+            matrix[at] = values
         if repeated:  # a token that occurs twice is read twice and written twice, with the same value
             at, values = repeated.on(logits.device)
-            old = logits[at]
-            logits[at] = torch.where(old > 0, old / values, old * values)
+            old = matrix[at]
+            matrix[at] = (np.where if cpu else torch.where)(old > 0, old / values, old * values)
         if counted:
             at, values = counted.on(logits.device)
-            logits[at] -= values
+            matrix[at] -= values
 
 
 class _Cells:
@@ -115,10 +118,12 @@ class _Cells:
         self._tokens.append(ids)
         self._values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape))
 
-    def on(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """((rows, tokens), values) as tensors."""
-        rows, tokens, values = (torch.from_numpy(np.concatenate(part)).to(device) for part in (self._rows, self._tokens, self._values))
-        return (rows, tokens), values
+    def on(self, device: torch.device) -> tuple[tuple[Any, Any], Any]:
+        """((rows, tokens), values), as arrays for a CPU, else as tensors."""
+        rows, tokens, values = (np.concatenate(part) for part in (self._rows, self._tokens, self._values))
+        if device.type == "cpu":
+            return (rows, tokens), values
+        return (torch.from_numpy(rows).to(device), torch.from_numpy(tokens).to(device)), torch.from_numpy(values).to(device)
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[bool]]:
@@ -128,7 +133,7 @@ def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int
     drawn = [i for i, row in enumerate(rows) if finite[i] and row.params.temperature >= GREEDY_BELOW]
     if drawn:
         whole = len(drawn) == len(rows)
-        scores = logits if whole else logits[drawn]
+        scores = logits if whole else _take(logits, drawn)
         temperature = torch.tensor([rows[i].params.temperature for i in drawn], dtype=torch.float32)
         _scale(scores, peaks if whole else peaks[drawn], temperature)
         keys = stream_keys([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
@@ -146,24 +151,31 @@ def _argmax(logits: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     return ids.tolist(), logits.gather(1, ids[:, None])[:, 0]
 
 
+def _take(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """A copy of these rows."""
+    return torch.from_numpy(logits.numpy()[rows]) if logits.device.type == "cpu" else logits[rows]
+
+
 def _scale(logits: torch.Tensor, peaks: torch.Tensor, temperature: torch.Tensor) -> None:
     """logits = (logits - peak) / temperature in place; at most 0, so that no temperature overflows it upwards."""
     if logits.device.type == "cpu":  # row by row, while the row is in the cache
-        for row, peak, t in zip(logits.numpy(), peaks.numpy(), temperature.numpy(), strict=True):
-            np.subtract(row, peak, out=row)
-            np.divide(row, t, out=row)
+        with np.errstate(over="ignore"):  # down to -inf is right
+            for row, peak, t in zip(logits.numpy(), peaks.numpy(), temperature.numpy(), strict=True):
+                np.subtract(row, peak, out=row)
+                np.divide(row, t, out=row)
     else:
         logits.sub_(peaks[:, None]).div_(temperature.to(logits.device)[:, None])
 
 
 def prompt_logprobs(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Log-probability of each target under its row of logits [n, vocab], with the `top` most likely tokens."""
+    """Log-probability of each target under its row of logits [n, vocab] (overwritten), with the `top` most likely tokens."""
     return _logprobs(logits, targets, [top] * len(targets))
 
 
 def _logprobs(logits: torch.Tensor, targets: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
     if logits.device.type == "cpu":
-        return [_row_logprob(row, token, top) for row, token, top in zip(logits.numpy(), targets, tops, strict=True)]
+        scratch = np.empty(logits.shape[1], dtype=np.float32)
+        return [_row_logprob(row, token, top, scratch) for row, token, top in zip(logits.numpy(), targets, tops, strict=True)]
     logprobs = torch.log_softmax(logits, dim=1)
     chosen = logprobs.gather(1, torch.tensor(list(targets), device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
@@ -173,9 +185,12 @@ def _logprobs(logits: torch.Tensor, targets: Sequence[int], tops: Sequence[int])
     ]
 
 
-def _row_logprob(logits: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprob:
-    scores = logits - logits.max()
-    norm = math.log(np.exp(scores).sum(dtype=np.float64)) if np.isfinite(scores).any() else math.nan
+def _row_logprob(scores: npt.NDArray[np.float32], token: int, top: int, scratch: npt.NDArray[np.float32]) -> TokenLogprob:
+    peak = scores.max()
+    if not np.isfinite(peak):
+        return TokenLogprob(token, LEAST_LOGPROB, ())
+    np.subtract(scores, peak, out=scores)
+    norm = math.log(np.exp(scores, out=scratch).sum())
     ids = leaders(scores, top) if top else ()
     return TokenLogprob(token, _reported(scores[token] - norm), tuple((int(t), _reported(scores[t] - norm)) for t in ids))
 

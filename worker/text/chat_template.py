@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -100,7 +100,7 @@ def _content(index: int, content: Any, takes_parts: bool) -> Any:
 class _GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}`, which training code uses to find the assistant's tokens: its body, unchanged."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared so by Jinja
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
