@@ -311,6 +311,7 @@ def entry(key: str, kind: int, value: bytes) -> bytes:
         (header(count=2**60), "more than the file can hold"),
         (header(tensors=2**40), "more than the file can hold"),
         (header(entry("a", 8, struct.pack("<Q", 2**63))), "past the end"),
+        (header(entry("a", 9, struct.pack("<IQQ", 8, 1, 900))), "past the end"),
         (header(entry("a", 9, struct.pack("<IQ", 8, 2**61))), "more than the file can hold"),
         (header(entry("a", 9, struct.pack("<IQ", 4, 2**61))), "more than the file can hold"),
         (header(entry("a", 9, struct.pack("<IQ", 9, 1))), "type 9 is not supported"),
@@ -323,6 +324,12 @@ def test_headers_that_lie(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "h.gguf").write_bytes(data)
     with pytest.raises(GgufError, match=message):
         read_header(tmp_path / "h.gguf")
+
+
+def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
+    info = struct.pack("<Q", 13) + b"output.weight" + struct.pack("<IQQIQ", 2, 33, 1, Type.Q8_0, 0)
+    with pytest.raises(UnsupportedModel, match=r"output\.weight has rows of 33, not whole blocks of Q8_0"):
+        opened(tmp_path, header(info, tensors=1, count=0) + bytes(100))
 
 
 def test_metadata_arrives_with_its_values(tmp_path: Path) -> None:
