@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..kernels.layout import AttentionBatch
 from .kv_store import KVStore
+from .linear import Linear, MakeLinear
 from .model_config import ModelConfig
 from .rope import cos_sin_table
 from .weights import Checkpoint
 
-Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]  # weight [out, in], bias [out] or None
 Progress = Callable[[int, int], None]  # bytes of weights done, bytes in all
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from quire.kernels import reference
 from quire.worker.config import ModelOptions
-from quire.worker.model import DecoderModel, Linear
+from quire.worker.linear import Linear
+from quire.worker.model import DecoderModel
 from quire.worker.text.source import ModelNotFound, resolve_model
 from quire.worker.weights import open_checkpoint
 from tiny_models import SIZES, Pages, load, random_model

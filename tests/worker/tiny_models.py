@@ -12,7 +12,8 @@ from quire.kernels import reference
 from quire.kernels.layout import attention_batch
 from quire.worker.config import ModelOptions
 from quire.worker.kv_store import KVStore, PageShape
-from quire.worker.model import DecoderModel, Linear
+from quire.worker.linear import Linear
+from quire.worker.model import DecoderModel
 from quire.worker.weights import open_checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
