@@ -17,6 +17,7 @@ MAX_HEAD_DIM = 256
 MIN_HEAD_DIM = 16
 MAX_GROUP = 48  # query heads on one KV head
 
+
 def available() -> bool:
     """Whether the compiled functions are there."""
     return library() is not None

@@ -101,7 +101,9 @@ def test_the_factory_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         linear_factory("cpu", torch.float32, "int8")
 
 
-@pytest.mark.parametrize(("device", "dtype", "quantize"), [("cuda", torch.float32, "int8"), ("cpu", torch.bfloat16, "int8"), ("cpu", torch.float32, "int4")])
+@pytest.mark.parametrize(
+    ("device", "dtype", "quantize"), [("cuda", torch.float32, "int8"), ("cpu", torch.bfloat16, "int8"), ("cpu", torch.float32, "int4")]
+)
 def test_the_factory_refuses(device: str, dtype: torch.dtype, quantize: str) -> None:
     with pytest.raises(ValueError, match="quantize"):
         linear_factory(device, dtype, quantize)
