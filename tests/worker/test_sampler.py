@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from quire.worker.nucleus import floors, floors_on_device, leaders
 from quire.worker.protocol import SamplingParams
 from quire.worker.sampler import LEAST_LOGPROB, Drawn, Sampler, SamplingRow, prompt_logprobs
@@ -74,7 +73,10 @@ params_of_edits = st.builds(
 )
 
 
-@given(st.lists(st.tuples(params_of_edits, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)), min_size=1, max_size=5), st.data())
+histories = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
+
+
+@given(st.lists(st.tuples(params_of_edits, histories), min_size=1, max_size=5), st.data())
 @settings(max_examples=150, deadline=None)
 def test_bias_bans_and_penalties_are_the_naive_ones(cases: list[tuple[SamplingParams, list[int]]], data: st.DataObject) -> None:
     rows = [row(p, tokens=tuple(tokens), prompt_len=data.draw(st.integers(1, len(tokens)))) for p, tokens in cases]
