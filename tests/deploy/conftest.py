@@ -34,14 +34,18 @@ def script(_script_server: tuple[ServerThread, ScriptRunner]) -> ScriptRunner:
     """What the script server's model says; reset for every test."""
     runner = _script_server[1]
     runner.script = (1000,)
-    runner.go.set()
+    runner.hold()
+    runner.free()
     return runner
 
 
 @pytest.fixture
 def scripted(_script_server: tuple[ServerThread, ScriptRunner], script: ScriptRunner) -> ServerThread:
     """A server whose model says `script.script`."""
-    return _script_server[0]
+    server = _script_server[0]
+    server.client.submitted.restart()
+    server.client.aborted.restart()
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,12 +22,31 @@ from quire.worker.engine import Engine
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
-from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, TokenLogprob
+from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, TokenLogprob, unpack_frame
 from quire.worker.scheduler import Scheduler
 from quire.worker.text.tokenizer import Tokenizer
 
 WAIT_S = 60.0
 T = TypeVar("T")
+
+
+class Count:
+    """Things that happen on one thread and are awaited on another."""
+
+    def __init__(self) -> None:
+        self._happened = threading.Semaphore(0)
+
+    def add(self) -> None:
+        self._happened.release()
+
+    def restart(self) -> None:
+        while self._happened.acquire(blocking=False):
+            pass
+
+    def wait(self) -> None:
+        """Returns when one more has happened."""
+        if not self._happened.acquire(timeout=WAIT_S):
+            raise TimeoutError("it did not happen")
 
 
 class LoopClient:
@@ -37,9 +58,12 @@ class LoopClient:
         self._owner = Owner("r0", 1)
         self._loop = asyncio.get_running_loop()
         self._news = threading.Condition()
+        self._beats = 0
         self.table = StreamTable(self._abort, time.monotonic)
         self.clock_ahead_s = 0.0
-        self.submitted = threading.Semaphore(0)
+        self.on_submit: Callable[[], object] = lambda: None
+        self.submitted = Count()
+        self.aborted = Count()
 
     def connect(self) -> None:
         self.table.connect(self._owner)
@@ -48,11 +72,13 @@ class LoopClient:
     async def submit(self, request: GenerateRequest) -> TableStream:
         stream = self.table.register(request, self._owner)
         try:
-            await asyncio.wrap_future(self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(request.to_wire())))
+            answer = self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(request.to_wire()))
+            self.on_submit()
+            await asyncio.wrap_future(answer)
         except BaseException:
             self.table.withdraw(request.request_id)
             raise
-        self.submitted.release()
+        self.submitted.add()
         return stream
 
     async def info(self) -> ModelInfo:
@@ -69,11 +95,12 @@ class LoopClient:
         self.table.drop(self._owner, "it died")
 
     def wait_for(self, wanted: Callable[[EngineStats], bool]) -> EngineStats:
-        """Blocks another thread until a heartbeat satisfies `wanted`."""
+        """Blocks another thread until a heartbeat that was sent from now on satisfies `wanted`."""
+        first = self._beats + 2  # the one before may be under way already
 
         def satisfied() -> bool:
             stats = self.table.stats().get("r0")
-            return stats is not None and wanted(stats)
+            return self._beats >= first and stats is not None and wanted(stats)
 
         with self._news:
             if not self._news.wait_for(satisfied, WAIT_S):
@@ -83,10 +110,12 @@ class LoopClient:
     def _feed(self, frame: bytes) -> None:
         with self._news:
             self.table.feed(frame)
+            self._beats += unpack_frame(frame).stats is not None
             self._news.notify_all()
 
     async def _abort(self, _: Owner, request_id: str, choice: int | None) -> None:
         self._engine_loop.abort(request_id, choice)
+        self.aborted.add()
 
 
 class ServerThread:
@@ -122,6 +151,14 @@ class ServerThread:
 
         self.on_loop(once())
 
+    @contextmanager
+    def meanwhile(self, ask: Callable[[], object]) -> Iterator[None]:
+        """`ask` runs in a thread of its own, and has ended when the block has."""
+        with ThreadPoolExecutor(1) as thread:
+            asking = thread.submit(ask)
+            yield
+            asking.result(WAIT_S)
+
     @property
     def api(self) -> Api:
         return self.app.state.api
@@ -154,10 +191,24 @@ class ScriptRunner:
 
     script: Sequence[int] = (0,)
     known: dict[int, tuple[int, Any]] = field(default_factory=dict)
-    go: threading.Event = field(default_factory=threading.Event)
+    held: threading.Event = field(default_factory=threading.Event)
+    permits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def hold(self, steps: int = 0) -> None:
+        """From now on only so many steps end, and as many more as `permits` are released."""
+        while self.permits.acquire(blocking=False):
+            pass
+        self.held.set()
+        if steps:
+            self.permits.release(steps)
+
+    def free(self) -> None:
+        """Steps end by themselves again."""
+        self.held.clear()
+        self.permits.release()
 
     def run(self, plan: StepPlan) -> StepResult:
-        if not self.go.wait(WAIT_S):
+        if self.held.is_set() and not self.permits.acquire(timeout=WAIT_S):
             raise TimeoutError("the test holds the engine")
         for seq in plan.forget:
             del self.known[seq]
