@@ -69,6 +69,7 @@ class ControllerActor:
         self._handles: dict[str, Any] = {}
         self._started_s = time.monotonic()
         self._waits_for = ""
+        self._looked = asyncio.Event()  # for replicas that a controller before this one has started
         self._task: asyncio.Task[None] | None = None
 
     async def options(self) -> QuireOptions:
@@ -77,7 +78,7 @@ class ControllerActor:
 
     async def admit(self, sequences: int) -> tuple[str, int] | None:
         """A route, or None when no replica is ready."""
-        self._keep_running()
+        await self._running()
         try:
             route = self._controller.admit(sequences)
         except ReplicaLost:
@@ -86,13 +87,13 @@ class ControllerActor:
 
     async def serving(self) -> list[tuple[str, int, tuple[Any, ...]]]:
         """(replica id, epoch, ModelInfo's fields) of every ready replica."""
-        self._keep_running()
+        await self._running()
         ready = (r for r in self._controller.replicas() if r.state is ReplicaState.READY)
         return [(r.replica_id, r.epoch, tuple(r.report.info)) for r in ready if r.report and r.report.info]
 
     async def status(self, holder: str) -> list[dict[str, Any]]:
         """Fields of `ReplicaStatus` for every replica; renews the lease of `holder`."""
-        self._keep_running()
+        await self._running()
         self._controller.renew(holder, time.monotonic() + LEASE_S)
         rows = []
         for r in self._controller.replicas():
@@ -119,12 +120,17 @@ class ControllerActor:
         self._stop_replicas()
         return True
 
-    def _keep_running(self) -> None:
-        if self._task is None or self._task.done():
+    async def _running(self) -> None:
+        """Starts the loop on the first call; returns when the table tells what there is."""
+        if self._task is None:
             self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(_start_over)
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            await self._looked.wait()
 
     async def _run(self) -> None:
-        await self._find_or_start("replica-0")
+        if not await self._find("replica-0"):
+            await self._start("replica-0")
         while self._controller.wanted(time.monotonic()):
             await asyncio.gather(*(self._poll(replica_id, handle) for replica_id, handle in list(self._handles.items())))
             await asyncio.sleep(POLL_S)
@@ -132,35 +138,38 @@ class ControllerActor:
         self._stop_replicas()
         _ray.actor.exit_actor()
 
-    async def _find_or_start(self, replica_id: str) -> None:
+    async def _find(self, replica_id: str) -> bool:
+        """Whether the replica runs already; then it is adopted."""
         try:
             handle = _ray.get_actor(replica_id, self._options.cluster.namespace)
             self._controller.reported(_report(await _answer(handle.report.remote())))
             self._handles[replica_id] = handle
-            return
         except (ValueError, ReplicaLost):
-            log.debug("no %s is running", replica_id)
+            return False
+        finally:
+            self._looked.set()
+        return True
+
+    async def _start(self, replica_id: str) -> None:
+        """A new life of a replica."""
         epoch = self._controller.begin(replica_id, time.time_ns() // 10**6)
+        demand = _demand(self._options)
         try:
-            self._handles[replica_id] = await self._start(replica_id, epoch)
+            self._remove_groups(replica_id)
+            actor = remote_class(
+                ReplicaActor,
+                name=replica_id,
+                namespace=self._options.cluster.namespace,
+                lifetime="detached",
+                num_cpus=demand["CPU"],
+                num_gpus=demand.get("GPU", 0),
+                max_restarts=0,  # a new life needs a new epoch, which only the controller gives
+                concurrency_groups=CONCURRENCY_GROUPS,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(await self._place(f"{replica_id}-{epoch}", demand), 0),
+            )
+            self._handles[replica_id] = actor.remote(replica_id, epoch, self._options.engine, self._options.server.log_level)
         except (TimeoutError, RayError, ValueError) as error:
             self._controller.died(replica_id, epoch, f"could not be started: {_first_line(error)}")
-
-    async def _start(self, replica_id: str, epoch: int) -> Any:
-        self._remove_groups(replica_id)
-        demand = _demand(self._options)
-        actor = remote_class(
-            ReplicaActor,
-            name=replica_id,
-            namespace=self._options.cluster.namespace,
-            lifetime="detached",
-            num_cpus=demand["CPU"],
-            num_gpus=demand.get("GPU", 0),
-            max_restarts=0,  # a new life needs a new epoch, which only the controller gives
-            concurrency_groups=CONCURRENCY_GROUPS,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(await self._place(f"{replica_id}-{epoch}", demand), 0),
-        )
-        return actor.remote(replica_id, epoch, self._options.engine, self._options.server.log_level)
 
     async def _place(self, name: str, demand: dict[str, float]) -> PlacementGroup:
         """A placement group that holds `demand`.
@@ -352,6 +361,13 @@ class _Replica:
 def remote_class(cls: type, **options: Any) -> Any:
     """An undecorated class as an actor class with these options."""
     return _ray.remote(**options)(cls)
+
+
+def _start_over(loop: asyncio.Task[None]) -> None:
+    """Ends the controller's process when its loop has failed: Ray starts another, which learns all from the replicas."""
+    if not loop.cancelled() and loop.exception() is not None:
+        log.critical("the controller's loop has failed", exc_info=loop.exception())
+        os._exit(1)
 
 
 async def _value(ref: Any, timeout_s: float) -> Any:

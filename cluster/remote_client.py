@@ -176,8 +176,9 @@ class RemoteEngineClient:
     async def _update(self, serving: list[Serving]) -> None:
         lives = {Owner(s.replica_id, s.epoch): s.info for s in serving}
         self._info = next(iter(lives.values()), self._info)
-        for owner, link in list(self._links.items()):
-            if owner not in lives and link.pull is not None:
+        for owner, link in self._links.items():
+            # Only a later life ends a link. One that is merely not named (the controller may have forgotten it) goes on.
+            if link.pull is not None and any(o.replica_id == owner.replica_id and o.epoch > owner.epoch for o in lives):
                 link.pull.cancel()
         for owner in lives.keys() - self._links.keys():
             link = self._links[owner] = _Link(self._connect(owner), uuid.uuid4().hex)

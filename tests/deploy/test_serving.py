@@ -1,0 +1,179 @@
+"""`quire serve` end to end: the real command with a real Ray, signals, deaths, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from quire.deploy.process_tree import descendants, end, is_alive
+from tiny_server import Serve, save_tiny_model
+
+WAIT_S = 60.0
+SMALL = ("--kv-pages", "512", "--log-level", "info")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-model")
+    save_tiny_model(path)
+    return path
+
+
+def complete(url: str, **body: object) -> httpx.Response:
+    name = httpx.get(url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
+    wanted = {"model": name, "prompt": "The capital of France is", "temperature": 0, **body}
+    return httpx.post(url + "/v1/completions", json=wanted, timeout=WAIT_S)
+
+
+@pytest.mark.ray
+def test_sigterm_finishes_what_runs_refuses_what_comes_and_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--grace-s", "120", *SMALL) as server:
+        server.wait_ready()
+        assert httpx.get(server.url + "/health", timeout=WAIT_S).status_code == 200
+        answer = complete(server.url, max_tokens=5, ignore_eos=True).json()
+        assert answer["usage"]["completion_tokens"] == 5
+        body = {"model": answer["model"], "prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True, "temperature": 0}
+        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=WAIT_S) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            next(lines)
+            server.signal(signal.SIGTERM)
+            refused = httpx.post(server.url + "/v1/completions", json={"model": answer["model"], "prompt": "b"}, timeout=WAIT_S)
+            while refused.status_code == 200:  # the signal is noticed within a fraction of a second
+                refused = httpx.post(server.url + "/v1/completions", json={"model": answer["model"], "prompt": "b"}, timeout=WAIT_S)
+            assert refused.status_code == 503
+            *_, last, done = lines
+        assert done == "data: [DONE]"
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+        assert server.left_behind() == []
+        assert "Traceback" not in server.stderr()
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_a_server_with_the_real_model_and_leaves_nothing(tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--kv-pages", "64", "--max-model-len", "1024") as server:
+        server.wait_ready()
+        assert " Paris" in complete(server.url, max_tokens=4).json()["choices"][0]["text"]
+        server.signal_group(signal.SIGINT)
+        assert server.wait() == 0
+        assert server.left_behind() == []
+        assert "Traceback" not in server.stderr()
+        assert "ready after" in server.stderr()
+
+
+@pytest.mark.ray
+def test_a_second_signal_cuts_off_what_runs(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--grace-s", "3600", *SMALL) as server:
+        server.wait_ready()
+        name = httpx.get(server.url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
+        body = {"model": name, "prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=WAIT_S) as stream:
+            assert stream.status_code == 200
+            next(stream.iter_lines())
+            server.signal_group(signal.SIGINT)
+            deadline_s = time.monotonic() + WAIT_S
+            while "a second signal" not in server.stderr():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.02)
+            server.signal_group(signal.SIGINT)
+            assert server.wait() == 0
+        assert server.left_behind() == []
+
+
+@pytest.mark.ray
+def test_a_dead_replica_ends_the_command_with_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
+        server.wait_ready()
+        os.kill(server.pid_of("ray::ReplicaActor"), signal.SIGKILL)
+        assert server.wait() == 1
+        assert "quire: error: replica-0: the process has died" in server.stderr()
+        assert server.left_behind() == []
+
+
+@pytest.mark.ray
+def test_a_dead_ingress_ends_the_command_with_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
+        server.wait_ready()
+        os.kill(server.pid_of("ray::IngressActor"), signal.SIGKILL)
+        assert server.wait() == 1
+        assert "quire: error: the ingress has died" in server.stderr()
+        assert server.left_behind() == []
+
+
+@pytest.mark.ray
+def test_when_the_command_itself_is_killed_everything_goes(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
+        server.wait_ready()
+        assert server.below
+        server.signal(signal.SIGKILL)
+        server.process.wait(WAIT_S)
+        assert server.left_behind(within_s=30) == []
+
+
+@pytest.mark.ray
+def test_in_a_ray_that_was_there_before_only_ours_goes(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "first", "--model", str(tiny_model), *SMALL) as first:
+        first.wait_ready()
+        address = first.argument("gcs-address")
+        with Serve(tmp_path / "second", "--model", str(tiny_model), "--ray-address", address, "--namespace", "two", *SMALL) as second:
+            second.wait_ready()
+            assert complete(second.url, max_tokens=3, ignore_eos=True).status_code == 200
+            brought = [p for p in descendants(first.process.pid) if p not in first.below]
+            assert len(brought) >= 3
+            second.signal(signal.SIGTERM)
+            assert second.wait() == 0
+        end(brought, grace_s=0) if any(is_alive(p) for p in brought) else None
+        assert complete(first.url, max_tokens=3, ignore_eos=True).status_code == 200
+        first.signal(signal.SIGTERM)
+        assert first.wait() == 0
+
+
+@pytest.mark.ray
+def test_a_model_that_is_not_supported_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for file in tiny_model.iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    config = json.loads((odd / "config.json").read_text()) | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (odd / "config.json").write_text(json.dumps(config))
+    with Serve(tmp_path / "log", "--model", str(odd)) as server:
+        assert server.wait() == 1
+        assert "mamba" in server.stderr().lower()
+        assert "quire: error: " in server.stderr()
+
+
+def test_a_port_in_use_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Serve(tmp_path / "log", "--port", str(port)) as server:
+            assert server.wait() == 1
+            assert server.stderr() == f"quire: error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", "./nowhere.gguf") as server:
+        assert server.wait() == 1
+        assert server.stderr().startswith("quire: error: ./nowhere.gguf: no such directory or .gguf file")
+
+
+def test_the_process_tree_is_found_and_ended() -> None:
+    shell = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", shell], stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        tree = descendants(os.getpid())
+        assert {parent.pid, child} <= {p.pid for p in tree}
+        mine = [p for p in tree if p.pid in (parent.pid, child)]
+        assert [p.pid for p in descendants(parent.pid)] == [child]
+        end(mine, grace_s=0)
+        parent.wait(WAIT_S)
+    while any(is_alive(p) for p in mine):
+        time.sleep(0.01)
