@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class KVStore:
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device | str) -> None:
         self.shape = shape
         self.num_pages = num_pages
-        self.pool = torch.zeros((num_pages, *shape.dims), dtype=shape.dtype, device=device)
+        self.pool = _zeros((num_pages, *shape.dims), shape.dtype, torch.device(device))
         self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
 
     @property
@@ -77,3 +78,10 @@ class KVStore:
         if tuple(data.shape) != self.shape.dims or data.dtype != self.shape.dtype:
             raise ValueError(f"a page is {self.shape.dims} {self.shape.dtype}, got {tuple(data.shape)} {data.dtype}")
         self.pool[page].copy_(data)
+
+
+def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU the system hands them out when they are first touched, so an idle pool takes no memory and no time."""
+    if device.type != "cpu":
+        return torch.zeros(dims, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(dims) * dtype.itemsize, np.uint8)).view(dtype).view(dims)

@@ -22,6 +22,7 @@ import torch
 from ..kernels import cpu, reference
 from ..kernels.layout import AttentionBatch
 from .config import EngineOptions, ModelOptions
+from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
 from .linear import linear_factory
 from .model import DecoderModel, Ops, Progress
@@ -247,7 +248,7 @@ def _num_pages(options: EngineOptions, page_bytes: int, device: torch.device, mo
     elif device.type == "cuda":
         pool_bytes = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
     else:
-        pool_bytes = min(int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_POOL_SHARE), CPU_POOL_BYTES)
+        pool_bytes = min(int(free_bytes() * CPU_POOL_SHARE), CPU_POOL_BYTES)
     if pool_bytes < page_bytes:
         raise ValueError(f"kv_memory: {pool_bytes} bytes hold no page; one page of {cache.page_size} tokens takes {page_bytes} bytes")
     return min(pool_bytes // page_bytes, most)
