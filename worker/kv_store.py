@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CACHE_LINE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
@@ -84,4 +86,7 @@ def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Zeros. On a CPU the system hands them out when they are first touched, so an idle pool takes no memory and no time."""
     if device.type != "cpu":
         return torch.zeros(dims, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(dims) * dtype.itemsize, np.uint8)).view(dtype).view(dims)
+    size = prod(dims) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(dims)
