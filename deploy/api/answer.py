@@ -66,6 +66,12 @@ async def answer(request: Request, asked: Asked, reply: Reply) -> Response:
 
 async def _submit(api: Api, request: Request, asked: Asked) -> Generation:
     started_s = time.perf_counter()
+    choices = len(asked.prompts) * asked.params.n
+    if choices > api.limits.max_choices:  # the door would say so, but what stands before it keeps books for each choice
+        raise BadRequest(
+            "n",
+            f"{len(asked.prompts)} prompts x n = {asked.params.n} make {choices} sequences; at most {api.limits.max_choices} are allowed",
+        )
     engine_request = GenerateRequest(
         asked.request_id, asked.prompts, asked.params, priority=asked.options.priority, tenant=request.scope["state"]["tenant"]
     )

@@ -106,7 +106,7 @@ class CompletionReply(Reply):
             start = len(echo)
             if delta.choice not in self._begun:
                 text = echo + text
-                if delta.prompt_logprobs is not None:
+                if delta.prompt_logprobs:  # siblings share the prompt's pages, so only the first one scores it
                     self._scored[prompt] = delta.prompt_logprobs
                 if self._asked.params.prompt_logprobs is not None:
                     scores.append(prompt_logprobs(self._tokenizer, self._asked.prompts[prompt], self._scored.get(prompt, ())))
