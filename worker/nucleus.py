@@ -49,24 +49,25 @@ def _floor(scores: npt.NDArray[np.float32], params: SamplingParams) -> float:
     reaches = iter(_REACHES)
     while True:  # ends: the last reach takes the whole row
         low = max(lowest, next(reaches))
-        kept = np.sort(scores.compress(scores >= low))[::-1]
+        kept = scores.compress(scores >= low)
         whole = low == lowest  # nothing that may stay is missing
         if params.top_k > 0:
-            if len(kept) >= params.top_k:
-                kept = kept[kept >= kept[params.top_k - 1]]
-                whole = True
-            elif not whole:
+            if len(kept) < params.top_k and not whole:
                 continue
+            if len(kept) > params.top_k:
+                kept = kept.compress(kept >= np.partition(kept, -params.top_k)[-params.top_k])
+            whole = True
         if params.top_p >= 1:
-            return float(kept[-1])
-        running = np.exp(kept).cumsum(dtype=np.float64)
-        if whole:
-            wanted = params.top_p * running[-1]
-        else:
-            mass = float(np.exp(scores).sum()) if mass is None else mass
-            wanted = params.top_p * mass
-        if whole or running[-1] >= wanted:
-            return float(kept[min(int(np.searchsorted(running, wanted)), len(kept) - 1)])
+            return float(kept.min())
+        here = float(np.exp(kept).sum())
+        if mass is None:
+            mass = here if whole else float(np.exp(scores if lowest == -math.inf else scores.compress(scores >= lowest)).sum())
+        if not whole and here < params.top_p * mass:
+            continue
+        kept.sort()
+        running = np.exp(kept[::-1]).cumsum(dtype=np.float64)
+        place = int(np.searchsorted(running, params.top_p * mass))
+        return float(kept[::-1][min(place, len(kept) - 1)])
 
 
 def floors_on_device(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -107,5 +108,6 @@ def _floors_among(
     place = (running < wanted[:, None]).sum(dim=1).clamp(max=width - 1)
     floor = torch.maximum(values.gather(1, place[:, None])[:, 0], low)
     floor = torch.where(top_p < 1, floor, low)
-    uncut = (top_k > width) & ~whole  # top_k reaches further than the candidates
-    return floor, whole | (~uncut & (inside | (last < floor)) & (running[:, -1] >= wanted))
+    # With neither min_p nor top_k the mass they leave is known (1) before all of it is seen.
+    known = inside | (torch.isneginf(lowest) & (top_k >= scores.shape[1]))
+    return floor, whole | (known & (inside | (last < floor)) & (running[:, -1] >= wanted))

@@ -98,6 +98,13 @@ def test_the_short_cut_finds_the_true_winner(seed: int, vocab: int, spread: floa
     assert draw_on_device(torch.from_numpy(scores), floors, keys) == expected
 
 
+def test_scores_below_the_floor_never_win() -> None:
+    """So many of them that in one draw of six the best of their noise would win."""
+    scores = torch.full((64, 50_000), -12.6)
+    scores[:, 123] = 0.0
+    assert draw(scores, torch.full((64,), -12.5), stream_keys(range(64), [1] * 64)) == [123] * 64
+
+
 def test_a_row_draws_the_same_alone_and_in_a_batch() -> None:
     scores = torch.randn(16, 4099, generator=torch.Generator().manual_seed(0))
     scores -= scores.amax(dim=1, keepdim=True)

@@ -142,10 +142,18 @@ def test_filters_keep_the_naive_set(params: list[SamplingParams], seed: int, voc
             assert (kept == expected).all() or border
 
 
+def test_top_p_is_a_share_of_what_min_p_leaves() -> None:
+    scores = torch.from_numpy(np.log(np.array([1.0] + [0.006] * 100 + [0.0004] * 2000, dtype=np.float32)))[None]
+    params = [SamplingParams(min_p=0.0005, top_p=0.55)]  # min_p leaves 1.6 of 2.4, and 1 is enough of that
+    assert floors(scores, params).tolist() == [0.0]
+    assert floors_on_device(scores, params).tolist() == [0.0]
+
+
 def test_the_likeliest_come_in_order_and_ties_by_id() -> None:
     scores = np.array([-9.5, 0.0, -3.0, 0.0, -20.0, -3.0], dtype=np.float32)
     assert leaders(scores, 4).tolist() == [1, 3, 2, 5]
     assert leaders(scores, 99).tolist() == [1, 3, 2, 5, 0, 4]
+    assert leaders(np.tile(np.float32([-1.0, 0.0]), 500), 520).tolist() == [*range(1, 1000, 2), *range(0, 40, 2)]
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie() -> None:

@@ -164,6 +164,14 @@ def test_added_tokens_stay_whole_and_only_control_tokens_are_special() -> None:
     assert Tokenizer(backend, {}, None).special_ids == {258}
 
 
+def test_a_control_token_outside_the_byte_alphabet_keeps_its_text() -> None:
+    plain = metadata()
+    tokens = [*plain["tokenizer.ggml.tokens"][:-2], "<｜end▁of▁text｜>", "<think>"]
+    loaded = Tokenizer(backend_from_gguf(metadata(tokens=tokens)), {}, None)
+    assert loaded.encode("a<｜end▁of▁text｜>") == [ord("a"), 258]
+    assert loaded.decode([258], skip_special_tokens=False) == "<｜end▁of▁text｜>"
+
+
 @pytest.mark.parametrize(
     ("pre", "text", "words"),
     [
