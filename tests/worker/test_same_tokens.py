@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from quire import LLM, SamplingParams
 from quire.worker.text.source import resolve_model
 
