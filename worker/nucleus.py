@@ -29,7 +29,8 @@ def floors(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     """The floor of each row: float32 [rows] on the scores' device; -inf where nothing is cut."""
     if scores.device.type != "cpu":
         return floors_on_device(scores, params)
-    return torch.tensor([_floor(row, p) for row, p in zip(scores.numpy(), params, strict=True)], dtype=torch.float32)
+    scratch = np.empty(scores.shape[1], dtype=np.float32)
+    return torch.tensor([_floor(row, p, scratch) for row, p in zip(scores.numpy(), params, strict=True)], dtype=torch.float32)
 
 
 def leaders(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
@@ -41,7 +42,7 @@ def leaders(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]
     return ids[np.argsort(-scores[ids], kind="stable")[:count]]
 
 
-def _floor(scores: npt.NDArray[np.float32], params: SamplingParams) -> float:
+def _floor(scores: npt.NDArray[np.float32], params: SamplingParams, scratch: npt.NDArray[np.float32]) -> float:
     lowest = math.log(params.min_p) if params.min_p > 0 else -math.inf
     if params.top_k <= 0 and params.top_p >= 1:
         return lowest
@@ -61,7 +62,8 @@ def _floor(scores: npt.NDArray[np.float32], params: SamplingParams) -> float:
             return float(kept.min())
         here = float(np.exp(kept).sum())
         if mass is None:
-            mass = here if whole else float(np.exp(scores if lowest == -math.inf else scores.compress(scores >= lowest)).sum())
+            left = scores if lowest == -math.inf else scores.compress(scores >= lowest)
+            mass = here if whole else float(np.exp(left, out=scratch[: len(left)]).sum())
         if not whole and here < params.top_p * mass:
             continue
         kept.sort()

@@ -103,7 +103,7 @@ def test_bias_bans_and_penalties_are_the_naive_ones(cases: list[tuple[SamplingPa
     ids=["plain", "temperature", "top_k", "top_p", "min_p", "all filters", "penalties"],
 )
 def test_draws_have_the_right_distribution(params: SamplingParams) -> None:
-    n = 20_000
+    n = 8_000
     logits = random_logits(4)[0]
     rows = [SamplingRow(params, 11, position, 1, np.array([1, 3, 3], dtype=np.int32)) for position in range(3, 3 + n)]
     tokens = [d.token for d in sample(np.broadcast_to(logits, (n, VOCAB)), rows)]
