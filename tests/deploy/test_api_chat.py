@@ -111,6 +111,7 @@ def test_stop_strings_wherever_tokens_are_cut(scripted: ServerThread, says: list
 def test_a_stop_string_ends_the_sequence_at_the_engine(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
     script.script = tokenizer.encode(" never stops by itself")
     httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stop": "itself never", "max_tokens": 4000})
+    scripted.client.aborted.wait()
     scripted.client.wait_for(lambda stats: stats.running == 0 and stats.pages_active == 0)
 
 
