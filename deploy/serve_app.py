@@ -178,4 +178,4 @@ def _settled(ref: Any, wait_s: float) -> Any:
     except GetTimeoutError:
         return None
     except RayError as error:
-        raise IngressDied(f"the ingress has died: {str(error).strip().splitlines()[-1]}") from error
+        raise IngressDied("the process of the HTTP server has died") from error

@@ -12,11 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -51,9 +51,10 @@ def serve(options: QuireOptions) -> int:
         listen(options.server).close()  # what cannot work is said before anything is started
         options = _located(options)
         signals.install()
-        with _cluster(options) as (cluster, phases):
+        stdout = sys.stdout
+        with redirect_stdout(sys.stderr), _cluster(options) as (cluster, phases):  # where Ray puts what its processes print
             signals.install()  # Ray has put its own handlers there
-            return _serve_on(cluster, options, signals, phases)
+            return _serve_on(cluster, options, signals, phases, stdout)
     except (Failed, IngressDied, ReplicaLost, OSError, ValueError) as error:
         sys.stderr.write(f"quire: error: {error}\n")
         return 1
@@ -101,7 +102,7 @@ def _cluster(options: QuireOptions) -> Iterator[tuple[Cluster, dict[str, float]]
         end(children, LEFTOVER_S)
 
 
-def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases: dict[str, float]) -> int:
+def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases: dict[str, float], stdout: TextIO) -> int:
     begun_s = time.monotonic()
     ingress = Ingress(options)
     cluster.check()
@@ -116,8 +117,8 @@ def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases:
     phases |= started["phases"]
     took_s = phases["Ray"] + time.monotonic() - begun_s
     host = f"[{options.server.host}]" if ":" in options.server.host else options.server.host
-    sys.stdout.write(f"Quire is ready on http://{host}:{started['port']}\n")
-    sys.stdout.flush()
+    stdout.write(f"Quire is ready on http://{host}:{started['port']}\n")
+    stdout.flush()
     log.info("ready after %.1f s (%s)", took_s, ", ".join(f"{name} {s:.1f}" for name, s in phases.items()))
     while not signals.count:
         ingress.check(TICK_S)

@@ -77,11 +77,12 @@ def test_a_second_signal_cuts_off_what_runs(tiny_model: Path, tmp_path: Path) ->
         body = {"model": name, "prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=WAIT_S) as stream:
             assert stream.status_code == 200
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: when it goes, the connection is closed
+            next(lines)
             server.signal_group(signal.SIGINT)
             deadline_s = time.monotonic() + WAIT_S
             while "a second signal" not in server.stderr():
-                assert time.monotonic() < deadline_s
+                assert time.monotonic() < deadline_s, server.stderr()
                 time.sleep(0.02)
             server.signal_group(signal.SIGINT)
             assert server.wait() == 0
@@ -104,7 +105,7 @@ def test_a_dead_ingress_ends_the_command_with_an_error(tiny_model: Path, tmp_pat
         server.wait_ready()
         os.kill(server.pid_of("ray::IngressActor"), signal.SIGKILL)
         assert server.wait() == 1
-        assert "quire: error: the ingress has died" in server.stderr()
+        assert "quire: error: the process of the HTTP server has died" in server.stderr()
         assert server.left_behind() == []
 
 
@@ -115,14 +116,17 @@ def test_when_the_command_itself_is_killed_everything_goes(tiny_model: Path, tmp
         assert server.below
         server.signal(signal.SIGKILL)
         server.process.wait(WAIT_S)
-        assert server.left_behind(within_s=30) == []
+        # Ray's two agents are Python processes that look for their raylet every few seconds, and first try to tell its head.
+        assert [c for c in server.left_behind(within_s=30) if "Agent" not in c] == []
+        assert server.left_behind(within_s=120) == []
 
 
 @pytest.mark.ray
-def test_in_a_ray_that_was_there_before_only_ours_goes(tiny_model: Path, tmp_path: Path) -> None:
+def test_in_a_ray_that_was_there_before_only_ours_goes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Serve(tmp_path / "first", "--model", str(tiny_model), *SMALL) as first:
         first.wait_ready()
         address = first.argument("gcs-address")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # a local Ray asks for its token; who joins must say so
         with Serve(tmp_path / "second", "--model", str(tiny_model), "--ray-address", address, "--namespace", "two", *SMALL) as second:
             second.wait_ready()
             assert complete(second.url, max_tokens=3, ignore_eos=True).status_code == 200
@@ -130,7 +134,10 @@ def test_in_a_ray_that_was_there_before_only_ours_goes(tiny_model: Path, tmp_pat
             assert len(brought) >= 3
             second.signal(signal.SIGTERM)
             assert second.wait() == 0
-        end(brought, grace_s=0) if any(is_alive(p) for p in brought) else None
+        deadline_s = time.monotonic() + WAIT_S
+        while any(is_alive(p) for p in brought):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
         assert complete(first.url, max_tokens=3, ignore_eos=True).status_code == 200
         first.signal(signal.SIGTERM)
         assert first.wait() == 0
