@@ -76,14 +76,16 @@ class Engine:
         request = self.door.check(request)
         if self.scheduler.has_request(request.request_id):
             raise BadRequest("request_id", f"{request.request_id!r} is in use")
-        choices = len(request.prompts) * request.params.n
-        places = self.scheduler.max_running - len(self.scheduler.running) + self._max_waiting
-        if self.scheduler.num_waiting + choices > places:
+        if len(request.prompts) * request.params.n > self.room():
             waiting = self.scheduler.num_waiting
             raise Overloaded(f"the queue is full: {waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
         self._arrivals += 1
         self.scheduler.add(self._sequences_of(request))
         return request
+
+    def room(self) -> int:
+        """Sequences that may be submitted now: free places in the queue and among those that run."""
+        return self._max_waiting - self.scheduler.num_waiting + self.scheduler.max_running - len(self.scheduler.running)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""

@@ -163,7 +163,8 @@ class LLM:
         tokens = 0
         while upcoming is not None or not self.engine.idle():
             # The queue is kept just long enough to fill every step: a batch of a million prompts needs no longer one.
-            while upcoming is not None and self.engine.scheduler.num_waiting <= len(self.engine.scheduler.running):
+            scheduler = self.engine.scheduler
+            while upcoming is not None and scheduler.num_waiting <= scheduler.max_running and upcoming.choices <= self.engine.room():
                 self.engine.submit(upcoming.request)
                 upcoming = next(queue, None)
             for output in self.engine.step():
@@ -181,6 +182,7 @@ class _Pending:
 
     def __init__(self, text: str | None, request: GenerateRequest, tokenizer: Tokenizer) -> None:
         self.request = request
+        self.choices = request.params.n
         self.done = False
         self._text = text
         self._cached_tokens = 0

@@ -173,7 +173,9 @@ class ModelRunner:
                 logits = self._model.logits(hidden[first + chunk : first + chunk + n])
                 scores.extend(prompt_logprobs(logits, targets, slot.params.prompt_logprobs))
             if row.samples:
-                done.append((row.seq, tuple(self._scores.pop(row.seq))))
+                whole = tuple(self._scores.pop(row.seq))
+                if len(whole) == slot.prompt_len - 1:  # a sequence that starts from its leader's pages has scored nothing
+                    done.append((row.seq, whole))
         return done
 
 
