@@ -76,6 +76,10 @@ class ControllerActor:
         """What it was started with."""
         return self._options
 
+    async def pid(self) -> int:
+        """Its process."""
+        return os.getpid()
+
     async def admit(self, sequences: int) -> tuple[str, int] | None:
         """A route, or None when no replica is ready."""
         await self._running()

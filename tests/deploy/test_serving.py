@@ -113,12 +113,14 @@ def test_a_dead_ingress_ends_the_command_with_an_error(tiny_model: Path, tmp_pat
 def test_when_the_command_itself_is_killed_everything_goes(tiny_model: Path, tmp_path: Path) -> None:
     with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
         server.wait_ready()
-        assert server.below
+        # Ray's two agents look for their raylet every few seconds only, and try to tell its head first: they take a minute.
+        server.below = [
+            p for p in server.below if p.pid not in (server.pid_of("ray::DashboardAgent"), server.pid_of("ray::RuntimeEnvAgent"))
+        ]
+        assert len(server.below) >= 6
         server.signal(signal.SIGKILL)
         server.process.wait(WAIT_S)
-        # Ray's two agents are Python processes that look for their raylet every few seconds, and first try to tell its head.
-        assert [c for c in server.left_behind(within_s=30) if "Agent" not in c] == []
-        assert server.left_behind(within_s=120) == []
+        assert server.left_behind(within_s=30) == []
 
 
 @pytest.mark.ray
@@ -155,6 +157,14 @@ def test_a_model_that_is_not_supported_is_refused_by_name(tiny_model: Path, tmp_
         assert server.wait() == 1
         assert "mamba" in server.stderr().lower()
         assert "quire: error: " in server.stderr()
+
+
+@pytest.mark.ray
+def test_a_missing_resource_is_named(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--device", "cuda") as server:
+        assert server.wait() == 1
+        assert "no place for it: 1 GPU (the largest node has 0)" in server.stderr()
 
 
 def test_a_port_in_use_is_said_before_anything_is_started(tmp_path: Path) -> None:
