@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...worker.options import OptionError
 from .. import options
 from .arguments import CommandError
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """The exit status of the server."""
     try:
         chosen = options.build(vars(args))
-    except options.OptionError as error:
+    except OptionError as error:
         raise CommandError(str(error)) from None
     from ..serving import serve
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from quire.deploy import options
-from quire.deploy.options import OptionError, build, format_bytes, parse_bytes
+from quire.deploy.options import build
 from quire.worker.config import QuireOptions
+from quire.worker.options import _RANGES, OptionError, format_bytes, parse_bytes
 
 
 def parse(*argv: str) -> QuireOptions:
@@ -38,7 +39,7 @@ def test_every_option_has_a_flag_a_help_and_a_unique_name():
         assert option.field.metadata["help"]
         assert option.parse(option.field.default) == option.field.default, option.name
     # Numbers without bounds would let nonsense through to the engine.
-    assert {o.name for o in options.options() if o.type in (int, float)} == set(options._RANGES)
+    assert {o.name for o in options.options() if o.type in (int, float)} == set(_RANGES)
 
 
 def test_flags_reach_the_leaf_that_owns_them():

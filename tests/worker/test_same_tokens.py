@@ -13,10 +13,12 @@ import pytest
 import torch
 from quire import LLM, SamplingParams
 from quire.worker.text.source import resolve_model
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NEW_TOKENS, TIE, LONG_TOKENS = 64, 1e-4, 1500
+NO_TOKEN = -1  # as end of sequence: go on past it
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
 
 
@@ -24,23 +26,17 @@ class Reference:
     """transformers on the same weights."""
 
     def __init__(self) -> None:
-        from transformers import AutoModelForCausalLM
-
         path = resolve_model("smollm2")
         self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=-1,  # no token: go on past the end of the sequence
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Greedy continuations of a batch, padded on the left."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0)
+        return self.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
 
     @torch.inference_mode()
     def gap(self, context: list[int]) -> float:
@@ -70,7 +66,7 @@ def prompts(data_file: Callable[[str], Path]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
-    return [reference.generate(prompt) for prompt in prompts]
+    return [tokens for i in range(0, len(prompts), 8) for tokens in reference.generate(prompts[i : i + 8])]
 
 
 def generate(llm: LLM, prompts: list[list[int]], at_once: int) -> list[list[int]]:
