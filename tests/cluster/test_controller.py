@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from quire.cluster.controller import Controller, ReplicaState, Report, Route, missing_resources
 from quire.worker.protocol import EngineStats, ModelInfo, ReplicaLost
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+
 from quire.cluster import ray_gateway
 from quire.cluster.controller import ReplicaState
 from quire.worker.config import CacheOptions, ClusterOptions, EngineOptions, ModelOptions, QuireOptions

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from paged_memory import expected_output, hash_engine
+
 from quire.cluster import remote_client
 from quire.cluster.controller import Controller, ReplicaState, Report, Route
 from quire.cluster.remote_client import RemoteEngineClient, Serving

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+
 from quire.cluster.stream import Owner, StreamTable, TableStream
 from quire.worker.protocol import (
     EngineStats,

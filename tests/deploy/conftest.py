@@ -10,10 +10,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from serving import ScriptRunner, ServerThread, script_engine
+
 from quire.worker.config import CacheOptions, EngineOptions, LimitOptions, ModelOptions, SchedulerOptions, ServerOptions
 from quire.worker.text.source import resolve_model
 from quire.worker.text.tokenizer import Tokenizer, load_tokenizer
-from serving import ScriptRunner, ServerThread, script_engine
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import uvicorn
+
 from quire.cluster.stream import Owner, StreamTable, TableStream
 from quire.deploy.api.app import create_app
 from quire.deploy.api.context import Api

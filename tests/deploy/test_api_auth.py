@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
+
 from quire.deploy.api.auth import ApiKeys, RequireKey, load_keys
 from quire.worker.config import ServerOptions
-from starlette.types import Message, Receive, Scope, Send
 
 
 async def ask(keys: tuple[str, ...], path: str, *authorization: bytes, kind: str = "http") -> tuple[Message, str | None]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from quire.deploy.api.body import parse
 from quire.deploy.api.completions import read_prompts
 from quire.deploy.api.errors import ApiError

@@ -11,8 +11,9 @@ import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from quire.worker.text.tokenizer import Tokenizer
 from serving import ScriptRunner, ServerThread
+
+from quire.worker.text.tokenizer import Tokenizer
 
 TEXT = "The rose is red, the violet's blue \N{ROSE}\N{EARTH GLOBE EUROPE-AFRICA}, and honey is sweet."
 HELLO: Any = [{"role": "user", "content": "Hello"}]

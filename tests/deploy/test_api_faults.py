@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from serving import ScriptRunner, ServerThread, script_engine
+
 from quire.deploy.api import answer
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.text.tokenizer import Tokenizer
-from serving import ScriptRunner, ServerThread, script_engine
 
 LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from serving import ScriptRunner, ServerThread, script_engine
+
 from quire.deploy.api import chat, completions, http_server, info_routes, middleware, text_routes
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.text.tokenizer import Tokenizer
-from serving import ScriptRunner, ServerThread, script_engine
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from quire.deploy.api.errors import ApiError
 from quire.deploy.api.lifecycle import Lifecycle
 

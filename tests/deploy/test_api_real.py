@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from quire.worker.text.tokenizer import Tokenizer
 from serving import ServerThread
+
+from quire.worker.text.tokenizer import Tokenizer
 
 QUESTION: Any = [{"role": "user", "content": "Name three colours of the rainbow."}]
 

@@ -6,10 +6,11 @@ import asyncio
 import socket
 
 import pytest
+from sse_peer import running_peer
+
 from quire.deploy.load.client import LoadRun, Outcome, Sampling, body_of
 from quire.deploy.load.http import HttpError, Server
 from quire.deploy.load.workload import LoadRequest
-from sse_peer import running_peer
 
 
 @pytest.fixture

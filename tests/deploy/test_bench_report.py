@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+
 from quire.deploy.load.client import Outcome
 from quire.deploy.load.plot import _level, write_png
 from quire.deploy.load.report import Slo, percentile, summarize, table, tpot_s

@@ -6,6 +6,7 @@ import gzip
 import json
 
 import pytest
+
 from quire.deploy.load import workload
 from quire.deploy.load.workload import LoadRequest, TraceOptions, WorkloadError, arrivals, fixed_lengths, prompts_file, trace_file
 

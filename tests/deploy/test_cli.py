@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from quire.deploy import cli
 from sse_peer import running_peer
+
+from quire.deploy import cli
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

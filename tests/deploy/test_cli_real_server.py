@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+
 from quire.deploy import cli
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

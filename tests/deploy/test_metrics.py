@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+
 from quire.deploy.metrics import Metrics
 from quire.worker.protocol import EngineStats
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+
 from quire.deploy import options
 from quire.deploy.options import build
 from quire.worker.config import QuireOptions

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from quire.deploy.process_tree import descendants, end, is_alive
 from tiny_server import Serve, save_tiny_model
+
+from quire.deploy.process_tree import descendants, end, is_alive
 
 WAIT_S = 60.0
 SMALL = ("--kv-pages", "512", "--log-level", "info")

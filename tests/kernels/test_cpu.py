@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from quire.kernels import cpu, cpu_build, cpu_library, reference
 from quire.kernels.layout import AttentionBatch, attention_batch
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C compiler here")
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from quire.kernels import reference
 from quire.kernels.layout import AttentionBatch, attention_batch
-from torch import Tensor
 
 PAGE, PAGES, LAYERS = 4, 48, 3
 

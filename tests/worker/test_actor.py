@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from paged_memory import expected_output, hash_engine
+
 from quire.worker.actor import ReplicaActor, raise_reply, reply_to
 from quire.worker.config import EngineOptions
 from quire.worker.outbox import Outbox

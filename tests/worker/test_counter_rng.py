@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quire.worker.counter_rng import draw, draw_on_device, gumbel, stream_keys
 
 M = 0xFFFFFFFF

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
 from quire.worker.protocol import BadRequest, GenerateRequest, SamplingParams

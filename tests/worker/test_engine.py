@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SIZES, random_model
+from transformers import LlamaConfig
+
 from quire.worker.engine import Engine, build_engine
 from quire.worker.options import engine_options
 from quire.worker.protocol import FinishReason, GenerateRequest, SamplingParams, SequenceOutput
-from tiny_models import SIZES, random_model
-from transformers import LlamaConfig
 
 LENGTH = 2048
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from paged_memory import expected_output, hash_engine
+
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.protocol import BadRequest, FinishReason, Frame, GenerateRequest, Overloaded, ReplicaLost, SamplingParams, unpack_frame
 

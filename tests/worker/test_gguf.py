@@ -12,12 +12,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, RopeScalingType
 from gguf.quants import quant_shape_to_byte_shape
+from tiny_models import SIZES, Pages, load, random_model
+from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
 from quire.worker import gguf_weights
 from quire.worker.gguf_weights import GgufCheckpoint
 from quire.worker.model_config import UnsupportedModel
 from quire.worker.text.gguf_header import GgufError, read_header
-from tiny_models import SIZES, Pages, load, random_model
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 TOKENS = [int(t) for t in torch.randint(97, (30,), generator=torch.Generator().manual_seed(2))]
 TO_GGUF = {hugging_face: ours for ours, hugging_face in gguf_weights._IN_LAYER.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from quire.kernels import cpu
 from quire.kernels.layout import attention_batch
 from quire.worker.config import ModelOptions

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quire.worker.kv_store import KVStore, PageShape
 
 SHAPE = PageShape(kv_heads=2, layers=3, page_size=4, head_dim=8, dtype=torch.float32)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from quire.kernels import cpu, cpu_linear
 from quire.worker.linear import CompiledLinear, Int8Linear, OneDnnLinear, PlainLinear, linear_factory
-from torch import Tensor
 
 compiled = pytest.mark.skipif(not cpu.available(), reason="there is no C compiler here")
 SHAPES = [(1, 1), (48, 64), (100, 576), (577, 100), (5, 1000), (960, 576)]

@@ -1,6 +1,7 @@
 """Offline generation with the real model: text, stop strings, choices, refusals, interrupts."""
 
 import pytest
+
 from quire import LLM, BadRequest, SamplingParams
 from quire.worker.options import engine_options
 from quire.worker.protocol import FinishReason

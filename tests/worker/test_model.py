@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SIZES, Pages, load, random_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
 from quire.kernels import reference
 from quire.worker.config import ModelOptions
 from quire.worker.linear import Linear
 from quire.worker.model import DecoderModel
 from quire.worker.text.source import ModelNotFound, resolve_model
 from quire.worker.weights import open_checkpoint
-from tiny_models import SIZES, Pages, load, random_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quire.worker.hf_config import parse_config, read_config
-from quire.worker.model_config import ModelConfig, UnsupportedModel
 from tiny_models import SIZES
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from quire.worker.hf_config import parse_config, read_config
+from quire.worker.model_config import ModelConfig, UnsupportedModel
 
 
 def written(directory: Path, config: PretrainedConfig, architecture: str) -> ModelConfig:

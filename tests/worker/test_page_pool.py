@@ -1,6 +1,7 @@
 """The page pool with exact page ids."""
 
 import pytest
+
 from quire.worker.page_pool import PagePool, PoolCorrupt, PoolCounts
 
 

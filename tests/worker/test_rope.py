@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from quire.worker.hf_config import parse_config
-from quire.worker.rope import RopeConfig, RopeKind, cos_sin_table, frequencies
 from tiny_models import SIZES
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from quire.worker.hf_config import parse_config
+from quire.worker.rope import RopeConfig, RopeKind, cos_sin_table, frequencies
 
 HEAD_DIM = 128
 KINDS: dict[str, dict[str, Any]] = {

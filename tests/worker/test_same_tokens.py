@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
 from quire import LLM, SamplingParams
 from quire.worker.text.source import resolve_model
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quire.worker.nucleus import floors, floors_on_device, leaders
 from quire.worker.protocol import SamplingParams
 from quire.worker.sampler import LEAST_LOGPROB, Drawn, Sampler, SamplingRow, prompt_logprobs

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_memory import EOS, VOCAB, expected_output, hash_engine
+
 from quire.worker.engine import Engine
 from quire.worker.plan import Row, Sampled, StepResult
 from quire.worker.protocol import BadRequest, FinishReason, GenerateRequest, Overloaded, SamplingParams, SequenceOutput

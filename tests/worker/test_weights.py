@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from quire.worker.config import ModelOptions
-from quire.worker.model_config import UnsupportedModel
-from quire.worker.weights import open_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, Pages, load, random_model
 from transformers import LlamaConfig, PreTrainedModel
+
+from quire.worker.config import ModelOptions
+from quire.worker.model_config import UnsupportedModel
+from quire.worker.weights import open_checkpoint
 
 TOKENS = [5, 3, 90, 11, 42]
 

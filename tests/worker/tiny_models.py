@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
 from quire.kernels import reference
 from quire.kernels.layout import attention_batch
 from quire.worker.config import ModelOptions
@@ -15,7 +17,6 @@ from quire.worker.kv_store import KVStore, PageShape
 from quire.worker.linear import Linear
 from quire.worker.model import DecoderModel
 from quire.worker.weights import open_checkpoint
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 PAGE_SIZE = 4
 SIZES = {

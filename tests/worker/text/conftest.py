@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quire.worker.text.source import ModelNotFound, resolve_model
 from quire.worker.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from quire.worker.protocol import BadRequest
 from quire.worker.text import chat_template
 from quire.worker.text.chat_template import ChatTemplate
 from quire.worker.text.tokenizer import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from quire.worker.text.detokenizer import StopMatch, TextOptions, TextStream
-from quire.worker.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
+
+from quire.worker.text.detokenizer import StopMatch, TextOptions, TextStream
+from quire.worker.text.tokenizer import Tokenizer
 
 VOCAB = 49152
 relaxed = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quire.worker.text.stops import StopStrings
 
 letters = st.text(alphabet="abc", max_size=30)

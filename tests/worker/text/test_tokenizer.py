@@ -15,11 +15,12 @@ import gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
 from quire.worker.text.gguf_tokenizer import backend_from_gguf
 from quire.worker.text.pieces import UnsupportedTokenizer, byte_alphabet
 from quire.worker.text.tokenizer import Tokenizer, load_tokenizer
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 
 CORPUS = [
     "",
