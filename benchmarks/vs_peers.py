@@ -153,7 +153,7 @@ def over_http(run: Run, label: str, command: list[str], env: dict[str, str]) -> 
                 bench += ["--num-requests", str(streams * run.args.rounds), "--json", report.name]
                 subprocess.run(bench, check=True, timeout=run.args.timeout_s, stdout=subprocess.DEVNULL)
                 figures = json.load(report)
-            run.add("http", label, streams, figures["output_tokens_per_s"], ready_s=ready_s)
+            run.add("http", label, streams, figures["summary"]["output_tokens_per_s"], ready_s=ready_s)
 
 
 def table(run: Run) -> str:
@@ -230,8 +230,9 @@ def main() -> None:
             over_http(run, "quire", own, dict(os.environ))
             if args.vllm_python:
                 vllm = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(run.model), "--dtype", "float32"]
+                vllm += ["--max-model-len", "2048", "--host", "127.0.0.1"]
                 threads = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}", "OMP_NUM_THREADS": str(os.cpu_count())}
-                over_http(run, "vllm", [*vllm, "--max-model-len", "2048"], dict(os.environ) | VLLM_ENVIRONMENT | threads)
+                over_http(run, "vllm", vllm, dict(os.environ) | VLLM_ENVIRONMENT | threads)
     print("\n" + table(run))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "figures": run.figures}, indent=2) + "\n")
