@@ -110,7 +110,8 @@ def test_what_the_engine_refuses_is_refused_here() -> None:
         assert (await actor.submit("i", 3, request("b", max_tokens=10**9).to_wire()))[0] == "bad_request"
         assert (await actor.submit("i", 2, request("c").to_wire()))[0] == "lost"  # another life's request
         assert (await actor.submit("unknown", 3, request("d").to_wire()))[0] == "lost"
-        replies = [await actor.submit("i", 3, endless(f"e{k}").to_wire()) for k in range(8)]
+        # All at once: one after the other, the first could end before the last comes.
+        replies = await asyncio.gather(*(actor.submit("i", 3, endless(f"e{k}").to_wire()) for k in range(8)))
         assert {reply[0] for reply in replies} == {"ok", "overloaded"}
         await frames.aclose()
 
