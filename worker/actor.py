@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256}
 FRAME_TIMEOUT_S = 600.0  # heartbeats come twice a second between steps; no single step may last longer
 SUBMIT_TIMEOUT_S = 60.0
+SWITCH_S = 5e-4  # the engine's thread asks for the interpreter between kernels; Python's 5 ms would be a fifth of a step
 LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in this time hears why
 
 Reply = tuple[Any, ...]
@@ -176,6 +177,7 @@ class ReplicaActor:
             del self._outboxes[connection]
 
     def _build(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         started_s = time.monotonic()
         try:
             import torch  # noqa: F401  (timed on its own: it is most of a small model's start)

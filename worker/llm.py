@@ -18,7 +18,8 @@ from tqdm import tqdm
 from .engine import Engine, build_engine
 from .options import engine_options
 from .protocol import BadRequest, EngineStats, FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
-from .text.detokenizer import TextOptions, TextStream
+from .text.choice import ChoiceText
+from .text.detokenizer import TextOptions
 from .text.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -146,7 +147,7 @@ class LLM:
         for text, prompt, p in zip(texts, prompts, each, strict=True):
             request = self.engine.door.check(GenerateRequest(f"offline-{self._requests}", (tuple(prompt),), p))
             self._requests += 1
-            pending.append(_Pending(text, request, self.tokenizer))
+            pending.append(_Pending(text, request, self.tokenizer, self.engine.info.eos_token_ids))
         show = self._progress if progress is None else progress
         with tqdm(total=len(pending), desc="generating", unit="prompt", disable=not show, file=sys.stderr) as bar:
             try:
@@ -180,14 +181,14 @@ class LLM:
 class _Pending:
     """One prompt while its sequences are generated."""
 
-    def __init__(self, text: str | None, request: GenerateRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, text: str | None, request: GenerateRequest, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
         self.request = request
         self.choices = request.params.n
         self.done = False
         self._text = text
         self._cached_tokens = 0
         self._prompt_logprobs: list[TokenLogprob] | None = None
-        self._outputs = [_Growing(k, request.params, tokenizer) for k in range(request.params.n)]
+        self._outputs = [_Growing(k, request.params, tokenizer, eos_token_ids) for k in range(request.params.n)]
 
     def take(self, output: SequenceOutput) -> bool:
         """Take in what a step gave; whether a stop string ended the sequence, which the engine does not know."""
@@ -208,41 +209,30 @@ class _Pending:
 class _Growing:
     """One sequence while it is generated."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
         self.finish: FinishReason | None = None
         self._index = index
-        self._params = params
-        self._stream = TextStream(tokenizer, TextOptions(stop=params.stop, min_tokens=params.min_tokens, continues=True))
+        self._choice = ChoiceText(tokenizer, TextOptions(stop=params.stop, min_tokens=params.min_tokens, continues=True), eos_token_ids)
         self._text: list[str] = []
         self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._stop_reason: str | int | None = None
 
     def take(self, output: SequenceOutput) -> bool:
         """Take in what a step gave; whether a stop string ended the sequence, which the engine does not know."""
-        if self.finish is not None:  # the engine's answer to our own abort
-            return False
-        shown = output.tokens if output.stop_token is None else output.tokens[:-1]
-        self._tokens.extend(output.tokens)
-        self._logprobs.extend(output.logprobs or ())
-        self._text.append(self._stream.push(shown))
-        if output.finish is not None and not self._stream.stopped:
-            self._text.append(self._stream.finish())
-        if self._stream.stopped:
-            del self._tokens[self._stream.stopped.tokens :], self._logprobs[self._stream.stopped.tokens :]
-            self.finish, self._stop_reason = FinishReason.STOP, self._stream.stopped.stop
-            return output.finish is None
-        self.finish = output.finish
-        if output.stop_token in self._params.stop_token_ids:
-            self._stop_reason = output.stop_token
-        return False
+        gain = self._choice.take(output)
+        self._text.append(gain.text)
+        self._tokens.extend(gain.tokens)
+        if self._logprobs is not None:
+            self._logprobs.extend(gain.logprobs or ())
+        self.finish, self._stop_reason = gain.finish, gain.stop_reason
+        return gain.finish is not None and output.finish is None
 
     def result(self) -> CompletionOutput:
         """When the sequence has ended."""
         if self.finish is None:
             raise RuntimeError(f"sequence {self._index} has not ended")
-        logprobs = self._logprobs if self._params.logprobs is not None else None
-        return CompletionOutput(self._index, "".join(self._text), self._tokens, self.finish, self._stop_reason, logprobs)
+        return CompletionOutput(self._index, "".join(self._text), self._tokens, self.finish, self._stop_reason, self._logprobs)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

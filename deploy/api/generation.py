@@ -1,7 +1,7 @@
 """One request on its way back: what the engine's outputs mean as text, choice by choice.
 
-Owns the `RequestStream` and one `TextStream` for each choice; knows nothing of HTTP. Text, stop strings and the words for
-how a choice ended are decided here, so that streamed and whole answers cannot differ.
+Owns the `RequestStream` and one `ChoiceText` for each choice; knows nothing of HTTP. Streamed and whole answers are made of
+the same deltas, so they cannot differ.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from ...cluster.client import RequestStream
 from ...worker.protocol import FinishReason, GenerateRequest, ReplicaLost, SequenceOutput, TokenLogprob
-from ...worker.text.detokenizer import TextOptions, TextStream
+from ...worker.text.choice import ChoiceText
+from ...worker.text.detokenizer import TextOptions
 from ...worker.text.tokenizer import Tokenizer
 from ..metrics import GenerationClock
 from .errors import engine_failed
@@ -55,15 +56,6 @@ class Usage(NamedTuple):
         }
 
 
-class _Choice:
-    """One sequence: its text so far, and how many tokens made it."""
-
-    def __init__(self, text: TextStream) -> None:
-        self.text = text
-        self.tokens = 0
-        self.chars = 0
-
-
 class Generation:
     """Iterates over `ChoiceDelta`s until every choice has ended. One reader; `close` it whatever happens.
 
@@ -79,7 +71,7 @@ class Generation:
         self._request = request
         self._shown = shown
         self._clock = clock
-        self._choices = [_Choice(_text_stream(tokenizer, request, shown)) for _ in range(len(request.prompts) * request.params.n)]
+        self._choices = [_choice_text(tokenizer, request, shown) for _ in range(len(request.prompts) * request.params.n)]
         self._live = set(range(len(self._choices)))
         self._cached = [0] * len(request.prompts)
 
@@ -123,34 +115,11 @@ class Generation:
         return delta
 
     def _as_text(self, output: SequenceOutput) -> ChoiceDelta:
-        choice, shown = self._choices[output.choice], self._shown
-        if shown.discard_output:
+        if self._shown.discard_output:
             none = () if output.logprobs is not None else None
             return ChoiceDelta(output.choice, "", none, (), output.prompt_logprobs, FinishReason.LENGTH, None)
-        hidden = output.stop_token is not None and not shown.include_stop
-        text = choice.text.push(output.tokens[:-1] if hidden else output.tokens)
-        if output.finish is not None:
-            text += choice.text.finish()
-        before = choice.tokens
-        stopped = choice.text.stopped
-        choice.tokens = before + len(output.tokens) if stopped is None else stopped.tokens
-        choice.chars += len(text)
-        finish = output.finish if stopped is None else FinishReason.STOP
-        reason = output.stop_token if stopped is None else stopped.stop
-        if output.logprobs is None:
-            offsets: tuple[int, ...] = ()
-        else:
-            offsets = tuple(choice.text.offsets[before:])
-            offsets += (choice.chars,) * (choice.tokens - before - len(offsets))  # a stop token that is not shown
-        return ChoiceDelta(
-            output.choice,
-            text,
-            None if output.logprobs is None else output.logprobs[: choice.tokens - before],
-            offsets,
-            output.prompt_logprobs,
-            finish,
-            None if reason in shown.eos_token_ids else reason,
-        )
+        gain = self._choices[output.choice].take(output)
+        return ChoiceDelta(output.choice, gain.text, gain.logprobs, gain.offsets, output.prompt_logprobs, gain.finish, gain.stop_reason)
 
     async def _end(self, output: SequenceOutput) -> None:
         """A choice has ended; by a stop string the engine does not know of it yet."""
@@ -162,7 +131,7 @@ class Generation:
             self._clock.all_ended()
 
 
-def _text_stream(tokenizer: Tokenizer, request: GenerateRequest, shown: Presentation) -> TextStream:
+def _choice_text(tokenizer: Tokenizer, request: GenerateRequest, shown: Presentation) -> ChoiceText:
     options = TextOptions(
         stop=request.params.stop,
         include_stop=shown.include_stop,
@@ -170,4 +139,4 @@ def _text_stream(tokenizer: Tokenizer, request: GenerateRequest, shown: Presenta
         skip_special_tokens=shown.skip_special_tokens,
         continues=shown.continues,
     )
-    return TextStream(tokenizer, options)
+    return ChoiceText(tokenizer, options, shown.eos_token_ids)
