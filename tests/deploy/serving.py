@@ -138,7 +138,6 @@ class ServerThread:
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(WAIT_S)
-        self.engine_loop.stop()
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the server's loop."""
@@ -184,6 +183,7 @@ class ServerThread:
 
         self._server = Server(server_config(self.app, options))
         await self._server.serve()
+        await asyncio.to_thread(self.engine_loop.stop)  # before the loop that its frames go to is closed
 
 
 @dataclass
