@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from ..worker.protocol import EngineStats, ModelInfo, ReplicaLost
+from .messages import Route
 
 
 class ReplicaState(StrEnum):
@@ -45,13 +46,6 @@ class Replica:
     reason: str = ""  # why it is dead
     report: Report | None = None
     sent: int = 0  # sequences routed to it that no report counts yet
-
-
-class Route(NamedTuple):
-    """Where a request goes."""
-
-    replica_id: str
-    epoch: int
 
 
 class Controller:

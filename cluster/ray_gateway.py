@@ -19,7 +19,8 @@ from ..worker.actor import CONCURRENCY_GROUPS, ReplicaActor, raise_reply
 from ..worker.actor import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the ingress's actor takes it from here)
 from ..worker.config import QuireOptions
 from ..worker.protocol import EngineStats, ModelInfo, ReplicaLost
-from .controller import Controller, ReplicaState, Report, Route, missing_resources
+from .controller import Controller, ReplicaState, Report, missing_resources
+from .messages import Route
 from .remote_client import RemoteEngineClient, Serving
 from .stream import Owner
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..worker.protocol import EngineStats, GenerateRequest, ModelInfo, ReplicaLost
-from .controller import Route
+from .messages import Route
 from .stream import Owner, StreamTable, TableStream
 
 log = logging.getLogger(__name__)

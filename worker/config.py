@@ -69,6 +69,14 @@ class LimitOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelOptions:
+    """How one replica spreads over devices."""
+
+    tp: int = option(1, "tensor-parallel ranks of one replica")
+    step_timeout_s: float = option(120.0, "a step that takes longer means a hung rank: the replica is given up and restarted")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """All that one replica is told."""
 
@@ -76,6 +84,7 @@ class EngineOptions:
     cache: CacheOptions = CacheOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     limits: LimitOptions = LimitOptions()
+    parallel: ParallelOptions = ParallelOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +94,40 @@ class ServerOptions:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: tuple[str, ...] = option((), "key that clients must send as a bearer token; repeatable", kind="list")
-    api_key_file: str | None = option(None, "file with one key a line")
+    ingresses: int = option(1, "HTTP server processes that share the port")
+    api_key_file: str | None = option(None, "file with one key a line, or a YAML file of tenants with their keys, weights and limits")
     max_body: int = option(4 * 2**20, "largest request body in bytes", kind="bytes")
     grace_s: float = option(30.0, "after SIGTERM, seconds that running streams get to finish")
     health_timeout_s: float = option(10.0, "/health answers 503 when the engine has been silent for longer")
     log_level: str = option("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "text for people, json for machines; both carry request ids", choices=("text", "json"))
+    otlp_endpoint: str | None = option(None, "OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request")
+
+
+@dataclass(frozen=True, slots=True)
+class AdminOptions:
+    """The operators' API, which clients never reach."""
+
+    admin_host: str = option("127.0.0.1", "address of the admin API; any but a loopback address needs --admin-token")
+    admin_port: int = option(8001, "port of the admin API; 0 takes a free one")
+    admin_token: str | None = option(None, "bearer token of the admin API")
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """Where on Ray it runs."""
+    """Where on Ray it runs, and how requests are shared out."""
 
     ray_address: str | None = option(None, "join this Ray cluster; default: start a local one")
     namespace: str = option("quire", "Ray namespace of the actors")
     start_timeout_s: float = option(600.0, "seconds that a replica may take to become ready")
+    replicas: int = option(1, "replicas of the model")
+    span_nodes: bool = option(False, "let the ranks of one replica lie on several nodes")
+    accelerator_type: str | None = option(None, "Ray accelerator type that replicas need (H200, A100, ...)")
+    node_label: tuple[str, ...] = option((), "key=value that a node must carry to hold replicas; repeatable", kind="list")
+    routing: str = option("cost", "which replica takes a request", choices=("cost", "least_loaded", "power_of_two", "round_robin"))
+    max_queue_requests: int = option(4096, "requests that may wait in the cluster; beyond it they get 429")
+    max_queue_tokens: int = option(2**24, "prompt tokens that may wait in the cluster; beyond it requests get 429")
+    queue_order: str = option("fair", "fair: by virtual token counters of the tenants; fcfs: by arrival", choices=("fair", "fcfs"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +137,4 @@ class QuireOptions:
     engine: EngineOptions = EngineOptions()
     server: ServerOptions = ServerOptions()
     cluster: ClusterOptions = ClusterOptions()
+    admin: AdminOptions = AdminOptions()

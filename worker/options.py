@@ -41,6 +41,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "grace_s": (0, 86400),
     "health_timeout_s": (0.1, 86400),
     "start_timeout_s": (1, 86400),
+    "tp": (1, 1024),
+    "step_timeout_s": (1, 86400),
+    "ingresses": (1, 256),
+    "admin_port": (0, 65535),
+    "replicas": (1, 4096),
+    "max_queue_requests": (0, 2**24),
+    "max_queue_tokens": (1, 2**40),
 }
 
 

@@ -17,21 +17,19 @@ Every page is in exactly one state:
 Eviction order: `allocate` and `reserve` take free pages first (last freed first, its cache lines are warm), then cached
 pages, least recently released first. A sequence releases its pages from the tail, so of one prefix the head goes last.
 
-The index is keyed by a chained, keyed hash (BLAKE2b, 16 bytes): `hash(page i) = H(key, hash(page i-1) + tokens of page i)`,
-where the chain starts from a hash of the tenant's salt. A hit is verified by comparing the tokens themselves and the parent's
-hash, so a collision can cost a miss, never a wrong answer, and no tenant finds another tenant's pages.
+The index is keyed by a chained, keyed hash (`page_hash`) that starts from the tenant's salt. A hit is verified by comparing
+the tokens themselves and the parent's hash, so a collision can cost a miss, never a wrong answer, and no tenant finds
+another tenant's pages.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import NamedTuple
 
-HASH_BYTES = 16
+from .page_hash import page_hash, root_hash, token_bytes
 
 
 class PoolCorrupt(RuntimeError):
@@ -55,11 +53,6 @@ class PoolCounts:
     cached: int
     active: int
     reserved: int
-
-
-def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Token ids as bytes, four for each, in the machine's order."""
-    return array("I", tokens).tobytes()
 
 
 class PagePool:
@@ -177,11 +170,7 @@ class PagePool:
 
     def root(self, salt: str) -> bytes:
         """Where the hash chain of a tenant starts."""
-        return blake2b(salt.encode(), key=self._key, digest_size=HASH_BYTES, person=b"quire-tenant").digest()
-
-    def chain(self, parent: bytes, tokens: bytes) -> bytes:
-        """The hash of a full page that follows the page with hash `parent`."""
-        return blake2b(parent + tokens, key=self._key, digest_size=HASH_BYTES).digest()
+        return root_hash(self._key, salt)
 
     def find(self, root: bytes, tokens: Sequence[int], limit: int) -> tuple[list[int], list[bytes]]:
         """The longest indexed prefix of `tokens`, at most `limit` pages: page ids (not yet retained) and their hashes."""
@@ -190,7 +179,7 @@ class PagePool:
         parent, size = root, self.page_size
         for start in range(0, limit * size, size):
             content = token_bytes(tokens[start : start + size])
-            digest = self.chain(parent, content)
+            digest = page_hash(self._key, parent, content)
             page = self._index.get(digest)
             if page is None or self._entries[page] != (digest, parent, content):
                 break
@@ -202,7 +191,7 @@ class PagePool:
     def register(self, page: int, parent: bytes, tokens: Sequence[int]) -> bytes:
         """Make the full, computed, active `page` findable; returns its hash. The first page with a content is the one indexed."""
         content = token_bytes(tokens)
-        digest = self.chain(parent, content)
+        digest = page_hash(self._key, parent, content)
         if self._prefix_cache and digest not in self._index and page not in self._entries:
             if self.references[page] < 1:
                 raise PoolCorrupt(f"page {page} is not active and cannot be indexed")

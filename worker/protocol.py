@@ -48,13 +48,18 @@ class ReplicaLost(QuireError):
     """The replica that ran the request is gone, or refuses work because it is leaving."""
 
 
+class DeadlineExceeded(QuireError):
+    """The request's deadline passed while it still waited for its turn; nothing of it was computed."""
+
+
 class FinishReason(StrEnum):
-    """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings."""
+    """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings; `DEADLINE` never ran."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    DEADLINE = "deadline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,10 @@ class GenerateRequest:
         params: shared by all sequences.
         priority: lower runs first (0 is the default); ties go by arrival.
         tenant: the authenticated caller; salts the prefix cache, so that tenants never share pages.
+        deadline_ms: milliseconds that it may still wait, from the moment of sending, before its first step; None for ever.
+        resume: for a request that another replica has lost: choice -> the output tokens that its client already has. A choice
+            that is not in it has ended and is not started. Tokens, indices, penalties and random numbers go on from there.
+        trace: W3C `traceparent` of the span that the replica's spans belong under; empty when nothing is traced.
     """
 
     request_id: str
@@ -116,6 +125,14 @@ class GenerateRequest:
     params: SamplingParams = SamplingParams()
     priority: int = 0
     tenant: str = ""
+    deadline_ms: int | None = None
+    resume: dict[int, tuple[int, ...]] | None = None
+    trace: str = ""
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The choices that are to be computed."""
+        return tuple(range(len(self.prompts) * self.params.n)) if self.resume is None else tuple(sorted(self.resume))
 
     def to_wire(self) -> bytes:
         """This request as msgpack."""
@@ -214,6 +231,73 @@ class ModelInfo(NamedTuple):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     created_s: int  # unix time of the replica's start
+    page_size: int = 32  # tokens in a page
+    pool_tokens: int = 2**31 - 1  # tokens that the whole page pool holds
+    max_sequences: int = 2**31 - 1  # sequences that may run or wait
+    max_running: int = 2**31 - 1  # sequences that run at once
+    tp: int = 1  # ranks
+
+
+class LiveRequest(NamedTuple):
+    """A request that a replica holds, as it stands."""
+
+    request_id: str
+    tenant: str
+    priority: int
+    state: str  # "running" when any of its sequences is, else "waiting"
+    sequences: int  # that have not ended
+    prompt_tokens: int
+    output_tokens: int  # of all its sequences
+    pages: int  # that its block tables hold, shared ones once for each
+
+
+class ReplicaLoad(NamedTuple):
+    """What routing goes by: gauges as they stand, and speeds as measured (smoothed; 0.0 when never)."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    pages_active: int
+    pages_reserved: int
+    pages_host: int
+    pending_tokens: int  # that running and waiting sequences have yet to compute before their next output token, decodes left out
+    lowest_priority: int  # the largest priority number among running sequences; -(2**31) when none runs
+    prefill_tokens_per_s: float
+    decode_step_s: float  # of a step that only decodes
+    steps: int
+
+
+class EventFrame(NamedTuple):
+    """What has changed on a replica since the controller asked last (`ReplicaActor.events`).
+
+    Events are numbered from 0 in each life (epoch) of a replica; `after` and `next` are such numbers. When the replica no longer has
+    all events from `after` on, or the controller has none, the frame is a dump: forget what was known of the replica.
+    """
+
+    replica_id: str
+    epoch: int
+    after: int  # the number asked for; meaningless in a dump
+    next: int  # the number to ask for next
+    dump: bool
+    stored: tuple[bytes, ...]  # page hashes that became findable and still are
+    removed: tuple[bytes, ...]  # page hashes that were findable and no longer are
+    started: tuple[LiveRequest, ...]  # requests that were taken and live; in a dump all that live
+    ended: tuple[tuple[str, int], ...]  # (request id, its output tokens) of requests that ended
+    served: dict[str, int]  # tenant -> output tokens generated for it in this life, of tenants with a live or recent request
+    load: ReplicaLoad
+
+
+def pack_events(frame: EventFrame) -> bytes:
+    """An event frame as msgpack arrays."""
+    return msgpack.packb(frame, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def unpack_events(data: bytes) -> EventFrame:
+    """The inverse of `pack_events`."""
+    frame = EventFrame(*msgpack.unpackb(data, strict_map_key=False, use_list=False))
+    return frame._replace(started=tuple(LiveRequest(*r) for r in frame.started), load=ReplicaLoad(*frame.load))
 
 
 class Frame(NamedTuple):

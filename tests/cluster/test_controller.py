@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quire.cluster.controller import Controller, ReplicaState, Report, Route, missing_resources
+from quire.cluster.controller import Controller, ReplicaState, Report, missing_resources
+from quire.cluster.messages import Route
 from quire.worker.protocol import EngineStats, ModelInfo, ReplicaLost
 
 INFO = ModelInfo("m", "/m", 128, 64, (2,), 0)

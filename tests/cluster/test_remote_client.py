@@ -12,7 +12,8 @@ import pytest
 from paged_memory import expected_output, hash_engine
 
 from quire.cluster import remote_client
-from quire.cluster.controller import Controller, ReplicaState, Report, Route
+from quire.cluster.controller import Controller, ReplicaState, Report
+from quire.cluster.messages import Route
 from quire.cluster.remote_client import RemoteEngineClient, Serving
 from quire.cluster.stream import Owner
 from quire.worker.actor import ReplicaActor, raise_reply

@@ -60,7 +60,7 @@ def test_only_pages_of_the_same_chain_and_tenant_are_found():
 
 
 def test_a_collision_is_a_miss(monkeypatch):
-    monkeypatch.setattr(PagePool, "chain", lambda self, parent, tokens: b"the same for all")
+    monkeypatch.setattr("quire.worker.page_pool.page_hash", lambda key, parent, content: b"the same for all")
     pool = PagePool(8, 2)
     filled(pool, [1, 2])
     assert pool.find(pool.root(""), [3, 4], 1)[0] == []
