@@ -22,6 +22,7 @@ import ray
 from .config import EngineOptions
 from .engine import Engine, Progress, build_engine
 from .engine_loop import EngineLoop
+from .logs import LogSetup, start_logging
 from .outbox import Outbox
 from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost
 
@@ -108,7 +109,7 @@ class ReplicaActor:
     async def report(self) -> dict[str, Any]:
         """All there is to know, as primitives: what the controller polls, and rebuilds its state from.
 
-        Keys: replica_id, epoch, pid; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
+        Keys: replica_id, epoch, pid, node; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
         why this replica never became ready, or died); info and stats (fields in order; None until ready).
         """
         loop = self._loop
@@ -116,6 +117,7 @@ class ReplicaActor:
             "replica_id": self._replica_id,
             "epoch": self._epoch,
             "pid": os.getpid(),
+            "node": os.uname().nodename,
             "loaded": self._loaded[0],
             "to_load": self._loaded[1],
             "phases": dict(self._phases),
@@ -123,6 +125,11 @@ class ReplicaActor:
             "info": tuple(self._engine.info) if self._engine and loop else None,
             "stats": tuple(loop.stats()) if loop else None,
         }
+
+    @ray.method(concurrency_group="control")
+    async def set_log_level(self, level: str) -> None:
+        """How much this process logs from now on."""
+        logging.getLogger().setLevel(level.upper())
 
     @ray.method(concurrency_group="control")
     async def renew(self, connection: str) -> bool:
@@ -147,10 +154,10 @@ class ReplicaActor:
         return reply_to(None)
 
     @ray.method(concurrency_group="requests")
-    async def abort(self, epoch: int, request_id: str, choice: int | None) -> None:
-        """Ends a request, or one choice of it, before the next step. Unknown ones are ignored."""
+    async def abort(self, epoch: int, request_id: str, choice: int | None, attempt: int = 0) -> None:
+        """Ends a request, or one choice of it, before the next step. Unknown ones, and other attempts, are ignored."""
         if self._loop is not None and epoch == self._epoch:
-            self._loop.abort(request_id, choice)
+            self._loop.abort(request_id, choice, attempt)
 
     @ray.method(concurrency_group="frames")
     async def frames(self, connection: str) -> AsyncIterator[list[bytes]]:
@@ -206,7 +213,7 @@ class ReplicaActor:
         self._die(1)
 
 
-def start_actor_logging(level: str) -> None:
-    """Logs of this process to stderr; stray prints too, because stdout belongs to the ready line."""
+def start_actor_logging(level: str, format: str = "text", **process: Any) -> None:
+    """Logs of this process to stderr (`logs.start_logging`); stray prints too, because stdout belongs to the ready line."""
     sys.stdout = sys.stderr
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
+    start_logging(LogSetup(level, format), **process)

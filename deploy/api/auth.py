@@ -71,7 +71,7 @@ class RequireKey:
             return
         tenant: str | None = ""
         if len(self._keys) and scope["path"] not in OPEN_PATHS:
-            tenant = self._keys.tenant(_bearer(scope))
+            tenant = self._keys.tenant(bearer(scope))
         if tenant is None:
             error = ApiError(401, "a valid API key is needed", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
             await error.response()(scope, receive, send)
@@ -80,8 +80,8 @@ class RequireKey:
         await self._app(scope, receive, send)
 
 
-def _bearer(scope: Scope) -> bytes:
-    """The key in the one Authorization header; b"" when there is none, or more than one."""
+def bearer(scope: Scope) -> bytes:
+    """The key in the one Authorization header of an HTTP scope; b"" when there is none, or more than one."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
     return key.strip() if scheme.lower() == b"bearer" else b""

@@ -1,0 +1,150 @@
+"""The cluster as its operators see it: what there is to know, and the little that they may do.
+
+`cluster.ray_gateway` implements `AdminPort`; `deploy.admin` serves it over HTTP. Pure data, and how it is written as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from ..worker.protocol import QuireError
+
+
+class UnknownReplica(QuireError):
+    """There is no replica of that name."""
+
+
+class IngressStatus(NamedTuple):
+    """One HTTP server process."""
+
+    id: str
+    pid: int
+
+
+class RankStatus(NamedTuple):
+    """One process of a replica; rank 0 leads it. `node` is Ray's id of the machine."""
+
+    rank: int
+    pid: int
+    node: str
+
+
+class PageCounts(NamedTuple):
+    """Pages of one replica by what they hold; `host` are those in host memory."""
+
+    total: int = 0
+    free: int = 0
+    cached: int = 0
+    active: int = 0
+    host: int = 0
+
+
+class ReplicaRow(NamedTuple):
+    """One replica. `state` is `starting`, `ready` or `dead`; `model` is empty until the replica has said what it serves.
+
+    `prompt_tokens` and `output_tokens` count from the start of this life of the replica; `epoch` names the life.
+    """
+
+    id: str
+    epoch: int
+    state: str
+    model: str
+    ranks: tuple[RankStatus, ...]
+    pages: PageCounts
+    running: int
+    waiting: int
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class RequestRow(NamedTuple):
+    """One request that has not ended. `state` is `queued` (no replica yet), `waiting` or `running`."""
+
+    id: str
+    replica: str | None
+    tenant: str
+    prompt_tokens: int
+    output_tokens: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the controller counts. Counters start again when it does.
+
+    Attributes:
+        queue_requests, queue_tokens: requests that wait for a replica, and their prompt tokens.
+        refused: requests refused for the moment (429), by reason.
+        expired: requests whose deadline passed in the queue.
+        served_tokens: tenant -> output tokens generated for it.
+        deaths: replicas that died.
+        restarts: replicas that were started again.
+    """
+
+    queue_requests: int = 0
+    queue_tokens: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    expired: int = 0
+    served_tokens: Mapping[str, int] = field(default_factory=dict)
+    deaths: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """All of it, at one moment."""
+
+    controller_pid: int
+    ingresses: tuple[IngressStatus, ...] = ()
+    replicas: tuple[ReplicaRow, ...] = ()
+    requests: tuple[RequestRow, ...] = ()
+    figures: Figures = Figures()
+
+    def as_json(self) -> dict[str, Any]:
+        """What `quire status --json` prints: a fixed schema, so other figures have other routes."""
+        return {
+            "controller": {"pid": self.controller_pid},
+            "ingresses": [ingress._asdict() for ingress in self.ingresses],
+            "replicas": [
+                {
+                    "id": replica.id,
+                    "state": replica.state,
+                    "model": replica.model,
+                    "ranks": [rank._asdict() for rank in replica.ranks],
+                    "pages": replica.pages._asdict(),
+                    "running": replica.running,
+                    "waiting": replica.waiting,
+                }
+                for replica in self.replicas
+            ],
+            "requests": [request._asdict() for request in self.requests],
+        }
+
+
+class AdminPort(Protocol):
+    """The cluster behind the admin API. Blocking calls, each with a time-out, from any thread.
+
+    Every call raises ReplicaLost when the controller does not answer.
+    """
+
+    def status(self) -> ClusterStatus:
+        """How it stands."""
+        ...
+
+    def page_maps(self) -> Mapping[str, bytes]:
+        """Replica id -> a byte for each page: f free, a active, s shared, c cached, r reserved. Only of ready replicas."""
+        ...
+
+    def restart(self, replica_id: str) -> None:
+        """Ends this life of a replica and starts another; its streams go on elsewhere. Returns when that has begun.
+
+        Raises:
+            UnknownReplica: there is none of that id.
+        """
+        ...
+
+    def set_log_level(self, level: str) -> None:
+        """`debug`, `info`, `warning` or `error`, in every process of the cluster."""
+        ...

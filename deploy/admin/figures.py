@@ -1,0 +1,51 @@
+"""What the controller counts, as Prometheus text: `GET /metrics` of the admin API. Names stand in docs/metrics.md.
+
+Labels come from fixed sets: replica states, reasons of refusal, and the tenants that the key file names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ...cluster.admin import ClusterStatus
+
+STATES = ("starting", "ready", "dead")
+
+
+def exposition(status: ClusterStatus) -> bytes:
+    """The text that Prometheus scrapes."""
+    registry = CollectorRegistry()
+    registry.register(_StatusCollector(status))
+    return generate_latest(registry)
+
+
+class _StatusCollector(Collector):
+    def __init__(self, status: ClusterStatus) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status, figures = self._status, self._status.figures
+        states = Counter(replica.state for replica in status.replicas)
+        replicas = GaugeMetricFamily("quire_replicas", "Replicas by state.", labels=["state"])
+        for state in (*STATES, *sorted(states.keys() - set(STATES))):
+            replicas.add_metric([state], states[state])
+        yield replicas
+        yield GaugeMetricFamily("quire_ingresses", "HTTP server processes.", value=len(status.ingresses))
+        yield GaugeMetricFamily("quire_queue_requests", "Requests that wait for a replica.", value=figures.queue_requests)
+        yield GaugeMetricFamily("quire_queue_tokens", "Prompt tokens that wait for a replica.", value=figures.queue_tokens)
+        refused = CounterMetricFamily("quire_refused", "Requests refused for the moment, by reason.", labels=["reason"])
+        for reason, count in sorted(figures.refused.items()):
+            refused.add_metric([reason], count)
+        yield refused
+        yield CounterMetricFamily("quire_expired", "Requests whose deadline passed in the queue.", value=figures.expired)
+        yield CounterMetricFamily("quire_replica_deaths", "Replicas that died.", value=figures.deaths)
+        yield CounterMetricFamily("quire_replica_restarts", "Replicas that were started again.", value=figures.restarts)
+        served = CounterMetricFamily("quire_tenant_output_tokens", "Tokens generated, by tenant.", labels=["tenant"])
+        for tenant, tokens in sorted(figures.served_tokens.items()):
+            served.add_metric([tenant], tokens)
+        yield served

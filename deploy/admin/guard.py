@@ -1,0 +1,68 @@
+"""Who may use the admin API: whoever has the token; without one, whoever is on this machine and no web page in its browser.
+
+Deny by default, as a pure ASGI middleware before every route. Browsers reach loopback addresses too, so without a token
+the Host header must name one (a rebound DNS name does not), and what changes anything must be JSON, which no page may
+send to a foreign origin without asking first - and nobody here says yes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..api.auth import bearer
+from ..api.errors import ApiError
+
+
+class Guard:
+    """Middleware: 401 without the token, 403 for a foreign Host, 415 for a POST that is not JSON."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app = app
+        self._digest = None if token is None else hashlib.sha256(token.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        error = self._refusal(scope)
+        if error is not None:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._digest is not None:
+            if not hmac.compare_digest(hashlib.sha256(bearer(scope)).digest(), self._digest):
+                return ApiError(401, "a valid admin token is needed", code="invalid_admin_token", headers={"WWW-Authenticate": "Bearer"})
+        elif not is_loopback(_host(headers.get(b"host", b""))):
+            return ApiError(403, "without an admin token only a loopback address may be named in the Host header", code="foreign_host")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] not in ("GET", "HEAD") and kind != b"application/json":
+            return ApiError(415, "Content-Type must be application/json")
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address can only mean this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host(header: bytes) -> str:
+    try:
+        return urlsplit(f"//{header.decode('ascii')}").hostname or ""
+    except ValueError:
+        return ""
