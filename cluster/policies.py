@@ -1,0 +1,195 @@
+"""Which of the replicas that could take a request now gets it: filter, then policy, both pure functions over value snapshots.
+
+The waiting line stays in the controller, where fairness, priorities and deadlines act. So a replica has room only for what it can
+start soon: seats and pages that are free, and no more prompt tokens ahead than keep it busy until its next report.
+
+`cost`, the default, predicts the time to first token, and adds what the request does to those that are there already:
+
+    ttft_s     = (tokens ahead of it + its own that are not cached) / prefill tokens per second + one decode step, if any run
+    pressure_s = pages that are missing, computed again  +  DECODE_TOKENS steps for each sequence, as slow as they are there
+
+A session therefore goes where its pages are, unless the line there costs more than computing them elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..worker.protocol import ModelInfo, ReplicaLoad
+from .ledger import Totals
+
+LOOKAHEAD_S = 0.2  # prompt tokens that a replica may have ahead, in seconds of its speed
+LOOKAHEAD_TOKENS = 512  # and at least so many: a step that is not full wastes the rest of it
+URGENT_AHEAD = 4  # sequences of urgent requests on their way to a full replica at once
+DECODE_TOKENS = 16  # decode steps by which `cost` weighs how slow a replica's decodes are
+
+
+class ReplicaSnapshot(NamedTuple):
+    """One replica as routing knows it at one moment.
+
+    Attributes:
+        load: as last reported.
+        sent: on its way and in no report yet.
+        indexed_pages: pages of it that are known.
+        last_choice: ordinal of the latest choice that fell on it; 0 before the first.
+    """
+
+    replica_id: str
+    epoch: int
+    info: ModelInfo
+    load: ReplicaLoad
+    sent: Totals
+    indexed_pages: int
+    last_choice: int
+
+
+class Demand(NamedTuple):
+    """What a request asks of a replica. `usual_tokens_per_s` stands in for the speed of a replica that has measured none."""
+
+    sequences: int
+    prompt_tokens: int
+    longest_tokens: int
+    priority: int
+    usual_tokens_per_s: float
+
+
+class Candidate(NamedTuple):
+    """A replica that could take the request, and how many tokens of its prompt it has cached."""
+
+    replica: ReplicaSnapshot
+    cached_tokens: int
+
+
+# --- filter ---
+
+
+def can_ever(replica: ReplicaSnapshot, demand: Demand) -> bool:
+    """Whether the replica could hold the request if it were idle."""
+    return demand.longest_tokens <= longest_sequence(replica.info) and demand.sequences <= replica.info.max_sequences
+
+
+def longest_sequence(info: ModelInfo) -> int:
+    """Tokens that a sequence may have, by the model's limit and by the pool."""
+    return min(info.max_model_len, info.pool_tokens)
+
+
+def has_seats(replica: ReplicaSnapshot, demand: Demand) -> bool:
+    """Whether the replica could start all sequences soon, as far as seats and the work ahead go."""
+    load, sent, info = replica.load, replica.sent, replica.info
+    line = load.waiting + sent.sequences
+    held = load.running + line
+    if held == 0:
+        return True
+    if held + demand.sequences > info.max_sequences:
+        return False
+    ahead_tokens = load.pending_tokens + sent.tokens
+    if ahead_tokens > max(LOOKAHEAD_TOKENS, LOOKAHEAD_S * _speed(replica, demand)):
+        return False
+    # A few more than run, so that a seat that becomes free is taken in the next step. What finds nobody before it may be larger.
+    return line == 0 or held + demand.sequences <= info.max_running + max(1, info.max_running // 16)
+
+
+def has_pages(candidate: Candidate, demand: Demand) -> bool:
+    """Whether its pages are free, or nobody waits: then it is the one that takes the next that become free."""
+    load, sent = candidate.replica.load, candidate.replica.sent
+    return load.waiting + sent.sequences == 0 or missing_pages(candidate, demand) <= 0
+
+
+def may_displace(replica: ReplicaSnapshot, demand: Demand) -> bool:
+    """Whether it goes before something that runs there, so that a full replica makes room; a few at a time."""
+    load, sent, info = replica.load, replica.sent, replica.info
+    return (
+        load.running > 0
+        and demand.priority < load.lowest_priority
+        and sent.sequences < URGENT_AHEAD
+        and load.waiting < info.max_running
+        and load.running + load.waiting + sent.sequences + demand.sequences <= info.max_sequences
+    )
+
+
+def request_pages(candidate: Candidate, demand: Demand) -> int:
+    """Pages that its prompts take beside the cached ones, and one for each sequence to write into."""
+    size = candidate.replica.info.page_size
+    return -(-(demand.prompt_tokens - candidate.cached_tokens) // size) + demand.sequences
+
+
+def missing_pages(candidate: Candidate, demand: Demand) -> int:
+    """Pages that it needs beyond those that are free, cached and not yet spoken for; negative when so many are left.
+
+    As the replica's own admission does, it leaves a quarter of a page for each running sequence to grow into.
+    """
+    replica = candidate.replica
+    load = replica.load
+    spoken_for = -(-load.pending_tokens // replica.info.page_size) + replica.sent.pages + load.running // 4
+    return request_pages(candidate, demand) + spoken_for - load.pages_free - load.pages_cached
+
+
+# --- predictions ---
+
+
+def predicted_ttft_s(candidate: Candidate, demand: Demand) -> float:
+    """Seconds until its first token, were it sent there now."""
+    replica = candidate.replica
+    load = replica.load
+    tokens = load.pending_tokens + replica.sent.tokens + demand.prompt_tokens - candidate.cached_tokens
+    return tokens / _speed(replica, demand) + (load.decode_step_s if load.running else 0.0)
+
+
+def pressure_s(candidate: Candidate, demand: Demand) -> float:
+    """What it costs those that are there already, in seconds."""
+    replica = candidate.replica
+    recompute_tokens = max(missing_pages(candidate, demand), 0) * replica.info.page_size
+    load = replica.load
+    decode_s = DECODE_TOKENS * demand.sequences * load.decode_step_s if load.running else 0.0
+    return recompute_tokens / _speed(replica, demand) + decode_s
+
+
+def _speed(replica: ReplicaSnapshot, demand: Demand) -> float:
+    return replica.load.prefill_tokens_per_s or demand.usual_tokens_per_s
+
+
+# --- policies ---
+
+# (candidates, never empty; the request; 64 random bits) -> the one that gets it
+Policy = Callable[[Sequence[Candidate], Demand, int], Candidate]
+
+
+def round_robin(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
+    """The one that has been passed over for longest."""
+    return min(candidates, key=_turn)
+
+
+def least_loaded(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
+    """The one whose pool is taken up least, by pages in use and by tokens that have yet to be computed."""
+    return min(candidates, key=_fullness)
+
+
+def power_of_two(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
+    """The less loaded of two that are drawn at random."""
+    first = draw % len(candidates)
+    second = (first + 1 + (draw >> 32) % (len(candidates) - 1)) % len(candidates) if len(candidates) > 1 else first
+    return min(candidates[first], candidates[second], key=_fullness)
+
+
+def cost(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
+    """The one where time to first token and pressure are least together."""
+    return min(candidates, key=lambda c: (predicted_ttft_s(c, demand) + pressure_s(c, demand), *_turn(c)))
+
+
+POLICIES: dict[str, Policy] = {
+    "cost": cost,
+    "least_loaded": least_loaded,
+    "power_of_two": power_of_two,
+    "round_robin": round_robin,
+}
+
+
+def _turn(candidate: Candidate) -> tuple[int, str]:
+    return candidate.replica.last_choice, candidate.replica.replica_id
+
+
+def _fullness(candidate: Candidate) -> tuple[float, int, str]:
+    replica = candidate.replica
+    tokens = replica.load.pages_active * replica.info.page_size + replica.load.pending_tokens + replica.sent.tokens
+    return tokens / replica.info.pool_tokens, *_turn(candidate)

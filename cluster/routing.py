@@ -1,0 +1,202 @@
+"""The router: what is known of each replica, and which of them takes a request. Pure; times are passed in.
+
+It learns from numbered event frames. A frame that goes on where the last one ended is taken in; one that leaves a gap makes
+`resync_point` None, so that the next poll asks for a dump, and until then the pages known before still guide (a wrong guess costs
+time, never a wrong answer). Duplicates, and frames of an earlier life of the replica, are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..worker.protocol import EventFrame, ModelInfo, ReplicaLoad
+from .ledger import Ledger, Sent
+from .messages import AdmitRequest
+from .page_index import PageIndex
+from .policies import (
+    POLICIES,
+    Candidate,
+    Demand,
+    ReplicaSnapshot,
+    can_ever,
+    has_pages,
+    has_seats,
+    longest_sequence,
+    may_displace,
+    predicted_ttft_s,
+    request_pages,
+)
+
+# Until any replica has measured its own.
+DEFAULT_TOKENS_PER_S = 2000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request goes, what is cached of its prompt there, and when its first token is expected."""
+
+    replica_id: str
+    epoch: int
+    cached_tokens: int
+    predicted_ttft_s: float
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One life of a replica. `known` is the number of the next event; None when a dump is needed."""
+
+    replica_id: str
+    epoch: int
+    info: ModelInfo
+    load: ReplicaLoad
+    known: int | None = None
+    last_choice: int = 0
+
+
+class Router:
+    """Owns the page index, the loads and the ledger.
+
+    Args:
+        policy: a key of `policies.POLICIES`.
+        seed: of the draws that `power_of_two` uses.
+    """
+
+    def __init__(self, policy: str, seed: int = 0) -> None:
+        self._policy = POLICIES[policy]
+        self._seed = seed
+        self._choices = 0
+        self._replicas: dict[str, _Replica] = {}
+        self._index = PageIndex()
+        self._ledger = Ledger()
+        self._usual_tokens_per_s = DEFAULT_TOKENS_PER_S
+
+    # --- replicas ---
+
+    def add(self, replica_id: str, epoch: int, info: ModelInfo) -> None:
+        """A replica is ready for requests. A later life replaces an earlier one; a known life changes nothing."""
+        known = self._replicas.get(replica_id)
+        if known is None or known.epoch < epoch:
+            self._begin(replica_id, epoch, info)
+
+    def remove(self, replica_id: str, epoch: int) -> None:
+        """That life of it takes no requests any more. Of another life, this says nothing."""
+        known = self._replicas.get(replica_id)
+        if known is not None and known.epoch == epoch:
+            del self._replicas[replica_id]
+            self._index.forget(replica_id)
+            self._ledger.forget(replica_id)
+
+    def resync_point(self, replica_id: str, epoch: int) -> int | None:
+        """What to ask the replica's events from; None asks for a dump."""
+        known = self._replicas.get(replica_id)
+        return known.known if known is not None and known.epoch == epoch else None
+
+    def events(self, frame: EventFrame, now_s: float) -> None:
+        """Takes in what a replica reports. A frame of a replica that was never added, or was removed, is ignored."""
+        replica = self._replicas.get(frame.replica_id)
+        if replica is None or frame.epoch < replica.epoch:
+            return
+        if frame.epoch > replica.epoch:
+            replica = self._begin(frame.replica_id, frame.epoch, replica.info)
+        if replica.known is not None and (frame.next < replica.known or (not frame.dump and frame.after < replica.known)):
+            return  # a duplicate, or an older frame that was overtaken
+        replica.load = frame.load
+        if frame.dump:
+            self._index.forget(frame.replica_id)
+        elif frame.after != replica.known:
+            replica.known = None
+            return
+        replica.known = frame.next
+        self._index.update(frame.replica_id, frame.stored, frame.removed)
+        for live in frame.started:
+            self._ledger.settle(frame.replica_id, live.request_id)
+        for request_id, _ in frame.ended:
+            self._ledger.settle(frame.replica_id, request_id)
+        self._ledger.expire(now_s)
+        speeds = [r.load.prefill_tokens_per_s for r in self._replicas.values() if r.load.prefill_tokens_per_s > 0]
+        self._usual_tokens_per_s = sum(speeds) / len(speeds) if speeds else DEFAULT_TOKENS_PER_S
+
+    def _begin(self, replica_id: str, epoch: int, info: ModelInfo) -> _Replica:
+        self._index.forget(replica_id)
+        self._ledger.forget(replica_id)
+        replica = self._replicas[replica_id] = _Replica(replica_id, epoch, info, _idle(info))
+        return replica
+
+    # --- requests ---
+
+    def choose(self, request: AdmitRequest, now_s: float) -> Choice | None:
+        """Where `request` goes now; None when nobody can take it yet. What is chosen stands in the ledger until it is reported."""
+        self._ledger.expire(now_s)
+        demand = Demand(request.sequences, request.prompt_tokens, request.longest_tokens, request.priority, self._usual_tokens_per_s)
+        fitting = [replica for replica in self.snapshots() if can_ever(replica, demand)]
+        # A replica that failed the request is asked again only if there is no other, not because the others are busy.
+        allowed = [replica for replica in fitting if replica.replica_id not in request.avoid] or fitting
+        candidates = self._open(allowed, request, demand)
+        if not candidates:
+            return None
+        self._choices += 1
+        chosen = self._policy(candidates, demand, _draw(self._seed, self._choices))
+        return self._send(request, chosen, demand, now_s)
+
+    def _open(self, replicas: list[ReplicaSnapshot], request: AdmitRequest, demand: Demand) -> list[Candidate]:
+        """Those of `replicas` that have room; if none has, those where it may displace others."""
+        seated = [replica for replica in replicas if has_seats(replica, demand)]
+        urgent = [replica for replica in replicas if may_displace(replica, demand)]
+        if not seated and not urgent:
+            return []  # before the prompt's pages are looked up: a full cluster is asked often
+        held = self._index.longest_prefix(request.hashes)
+        with_room = [candidate for candidate in _candidates(seated, held) if has_pages(candidate, demand)]
+        return with_room or _candidates(urgent, held)
+
+    def _send(self, request: AdmitRequest, chosen: Candidate, demand: Demand, now_s: float) -> Choice:
+        replica = chosen.replica
+        self._replicas[replica.replica_id].last_choice = self._choices
+        choice = Choice(replica.replica_id, replica.epoch, chosen.cached_tokens, predicted_ttft_s(chosen, demand))
+        self._ledger.enter(
+            Sent(
+                request.request_id,
+                request.attempt,
+                replica.replica_id,
+                request.sequences,
+                request.prompt_tokens - chosen.cached_tokens,
+                request_pages(chosen, demand),
+                now_s,
+            )
+        )
+        return choice
+
+    def forget(self, request_id: str) -> None:
+        """The request will not arrive where it was sent."""
+        self._ledger.drop(request_id)
+
+    def largest_tokens(self) -> int:
+        """Tokens that the largest replica can ever hold for one sequence; 0 without a replica."""
+        return max((longest_sequence(replica.info) for replica in self._replicas.values()), default=0)
+
+    def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
+        """Every replica as it is known now, in the order of first appearance."""
+        return tuple(
+            ReplicaSnapshot(
+                r.replica_id, r.epoch, r.info, r.load, self._ledger.of(r.replica_id), self._index.count(r.replica_id), r.last_choice
+            )
+            for r in self._replicas.values()
+        )
+
+
+def _candidates(replicas: Iterable[ReplicaSnapshot], held: dict[str, int]) -> list[Candidate]:
+    return [Candidate(replica, held.get(replica.replica_id, 0) * replica.info.page_size) for replica in replicas]
+
+
+def _idle(info: ModelInfo) -> ReplicaLoad:
+    """The load of a replica that has reported none yet."""
+    pages = info.pool_tokens // info.page_size
+    return ReplicaLoad(0, 0, pages, pages, 0, 0, 0, 0, 0, -(2**31), 0.0, 0.0, 0)
+
+
+def _draw(seed: int, count: int) -> int:
+    """64 random bits, the `count`-th of the stream of `seed` (splitmix64)."""
+    z = (seed + count * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
