@@ -48,7 +48,17 @@ typedef struct {
     float q[ROWS * MAX_DIM], keys[MAX_DIM * BLOCK], p[ROWS * BLOCK];
 } Scratch;
 
+/* Where the keys of a block lie, and the values; `nothing` where the tile may not read. `all` are both as they lie in memory. */
+typedef struct {
+    const float *key[BLOCK], *value[BLOCK], *all[2 * BLOCK];
+    int from, to;
+} Block;
+
 static const float nothing[MAX_DIM];
+
+INLINE void fetch(const float *from, int64_t floats) {
+    for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(from + d, 0, 2);
+}
 
 /* out[j][i] = in[i][j] for VL rows of VL floats; out's rows are BLOCK apart. */
 INLINE void transpose(const float *const *in, int64_t at, float *out) {
@@ -110,13 +120,14 @@ INLINE void scores(int rows, const float *q, const float *keys, float *p, int64_
 }
 
 /* o[r][0 .. wide * VL) = sum over keys j in [from, to) of p[r][j] * values[j][at + ...] */
-INLINE void weighted(int rows, int wide, const float *p, const float *const *values, int64_t at, int from, int to, float *o, int64_t dim) {
+INLINE void weighted(int rows, int wide, const float *p, const Block *now, const Block *next, int64_t at, float *o, int64_t dim) {
     vf acc[TALL][WIDE];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < wide; c++) acc[r][c] = splat(0);
-    for (int j = from; j < to; j++) {
+    for (int j = now->from; j < now->to; j++) {
         vf value[WIDE];
-        UNROLL for (int c = 0; c < wide; c++) value[c] = load(values[j] + at + c * VL);
+        fetch(next->all[BLOCK + j] + at, wide * VL);
+        UNROLL for (int c = 0; c < wide; c++) value[c] = load(now->value[j] + at + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = splat(p[r * BLOCK + j]);
             UNROLL for (int c = 0; c < wide; c++) acc[r][c] += x * value[c];
@@ -155,22 +166,30 @@ static void softmax(float *p, int from, int to, float *m, float *l) {
     *l = sum(total);
 }
 
-/* The state of one block alone: keys [block * BLOCK, + BLOCK), of which the tile may read those in [begin, end). */
-static void attend_block(const Batch *b, const Tile *t, int64_t block, Scratch *s, State *state) {
-    const float *key[BLOCK], *value[BLOCK];
-    int64_t first = block * BLOCK, dim = b->dim;
-    int from = (int)(t->begin > first ? t->begin - first : 0), to = (int)(t->end - first < BLOCK ? t->end - first : BLOCK);
-    for (int j = 0; j < BLOCK; j++) key[j] = nothing;
-    for (int j = from; j < to;) {
+/* Keys [block * BLOCK, + BLOCK), of which the tile may read those in [begin, end). */
+static void locate(const Batch *b, const Tile *t, int64_t block, Block *at) {
+    int64_t first = block * BLOCK;
+    at->from = (int)(t->begin > first ? t->begin - first : 0), at->to = (int)(t->end - first < BLOCK ? t->end - first : BLOCK);
+    for (int j = 0; j < BLOCK; j++) at->key[j] = at->value[j] = at->all[2 * j] = at->all[2 * j + 1] = nothing;
+    for (int j = at->from, n = 0; j < at->to;) {
+        int run = j;
         int64_t position = first + j, offset = position % b->page_size;
-        const float *at = b->pages + t->table[position / b->page_size] * b->page_stride + t->kv_head * b->head_stride + offset * dim;
-        for (; j < to && offset < b->page_size; j++, offset++, at += dim) {
-            key[j] = at;
-            value[j] = at + b->kv_stride;
-        }
+        const float *key = b->pages + t->table[position / b->page_size] * b->page_stride + t->kv_head * b->head_stride + offset * b->dim;
+        for (; j < at->to && offset < b->page_size; j++, offset++, key += b->dim) at->key[j] = key, at->value[j] = key + b->kv_stride;
+        for (int i = run; i < j; i++) at->all[n++] = at->key[i];
+        for (int i = run; i < j; i++) at->all[n++] = at->value[i];
     }
+}
+
+/* The state of one block alone. Pages lie anywhere in memory, so the hardware does not see what comes next: `next` is fetched
+ * meanwhile, its keys while keys are read and its values while values are. */
+static void attend_block(const Batch *b, const Tile *t, int64_t block, const Block *now, const Block *next, Scratch *s, State *state) {
+    int64_t first = block * BLOCK, dim = b->dim;
+    const float *const *key = now->key;
+    int from = now->from, to = now->to;
     for (int j = 0; j < to; j += VL) {
         int64_t d = 0;
+        for (int i = j; i < j + VL; i++) fetch(next->all[i], dim);
         for (; d + VL <= dim; d += VL) transpose(key + j, d, s->keys + d * BLOCK + j);
         for (; d < dim; d++)
             for (int i = 0; i < VL; i++) s->keys[d * BLOCK + j + i] = key[j + i][d];
@@ -191,9 +210,9 @@ static void attend_block(const Batch *b, const Tile *t, int64_t block, Scratch *
         const float *p = s->p + r * BLOCK;
         float *o = state->o + r * dim;
         int64_t d = 0;
-        for (; d + WIDE * VL <= dim; d += WIDE * VL) EACH_HEIGHT(height, weighted(R, WIDE, p, value, d, from, to, o, dim))
-        for (; d + VL <= dim; d += VL) EACH_HEIGHT(height, weighted(R, 1, p, value, d, from, to, o, dim))
-        if (d < dim) EACH_HEIGHT(height, weighted(R, 1, p, value, dim - VL, from, to, o, dim)) /* overlaps; the same sums again */
+        for (; d + WIDE * VL <= dim; d += WIDE * VL) EACH_HEIGHT(height, weighted(R, WIDE, p, now, next, d, o, dim))
+        for (; d + VL <= dim; d += VL) EACH_HEIGHT(height, weighted(R, 1, p, now, next, d, o, dim))
+        if (d < dim) EACH_HEIGHT(height, weighted(R, 1, p, now, next, dim - VL, o, dim)) /* overlaps; the same sums again */
     }
 }
 
@@ -249,23 +268,32 @@ static int64_t cut(const Batch *b, int64_t r, Tile *tiles) {
 
 static int64_t blocks_of(const Tile *t) { return t->end > t->begin ? (t->end - 1) / BLOCK - t->begin / BLOCK + 1 : 0; }
 
-/* Tiles one by one, each by one thread. */
-static void by_tile(const Batch *b, const Tile *tiles, int64_t count, int threads) {
+/* Tiles one by one, each by one thread; a thread takes `chunk` at a time, so that it knows what comes next. */
+static void by_tile(const Batch *b, const Tile *tiles, int64_t count, int64_t chunk, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch;
         State all, one;
+        Block place[2]; /* of this block, and of the next */
+        int at = 0;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-            const Tile *t = tiles + i;
-            load_queries(b, t, scratch.q);
-            begin(b, t, &all);
-            for (int64_t k = 0; k < blocks_of(t); k++) {
-                attend_block(b, t, t->begin / BLOCK + k, &scratch, &one);
-                for (int64_t r = 0; r < t->count * t->group; r++)
-                    fold(all.m + r, all.l + r, all.o + r * b->dim, one.m[r], one.l[r], one.o + r * b->dim, b->dim);
+        for (int64_t first = 0; first < count; first += chunk) {
+            int64_t last = first + chunk < count ? first + chunk : count;
+            for (const Tile *t = tiles + first; t < tiles + last; t++) {
+                int64_t block = t->begin / BLOCK, end = block + blocks_of(t);
+                if (t == tiles + first || !blocks_of(t - 1)) locate(b, t, block, place + at);
+                load_queries(b, t, scratch.q);
+                begin(b, t, &all);
+                for (; block < end; block++, at = !at) {
+                    int more = block + 1 < end;
+                    const Tile *then = more || t + 1 == tiles + last ? t : t + 1;
+                    locate(b, then, more ? block + 1 : then->begin / BLOCK, place + !at);
+                    attend_block(b, t, block, place + at, place + !at, &scratch, &one);
+                    for (int64_t r = 0; r < t->count * t->group; r++)
+                        fold(all.m + r, all.l + r, all.o + r * b->dim, one.m[r], one.l[r], one.o + r * b->dim, b->dim);
+                }
+                finish(b, t, &all);
             }
-            finish(b, t, &all);
         }
     }
 }
@@ -277,6 +305,7 @@ static void by_block(const Batch *b, const Tile *tiles, const int64_t *starts, i
     {
         Scratch scratch;
         State state;
+        Block place;
         int64_t loaded = -1, i = 0;
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < starts[count]; k++) {
@@ -284,7 +313,8 @@ static void by_block(const Batch *b, const Tile *tiles, const int64_t *starts, i
             const Tile *t = tiles + i;
             int64_t rows = t->count * t->group;
             if (loaded != i) load_queries(b, t, scratch.q), loaded = i;
-            attend_block(b, t, t->begin / BLOCK + k - starts[i], &scratch, &state);
+            locate(b, t, t->begin / BLOCK + k - starts[i], &place);
+            attend_block(b, t, t->begin / BLOCK + k - starts[i], &place, &place, &scratch, &state);
             float *to = kept + k * stride;
             memcpy(to, state.m, rows * sizeof(float));
             memcpy(to + height, state.l, rows * sizeof(float));
@@ -325,7 +355,7 @@ int quire_attention(const float *q, float *out, const float *pages, const int32_
     if (kept)
         by_block(&b, tiles, starts, count, height, kept, threads);
     else
-        by_tile(&b, tiles, count, threads);
+        by_tile(&b, tiles, count, count / (16 * threads) > 1 ? count / (16 * threads) : 1, threads);
     free(kept);
     free(tiles);
     return 0;
