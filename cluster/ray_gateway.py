@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class ControllerActor:
         start_actor_logging(options.server.log_level)
         self._options = options
         self._controller = Controller()
+        self._hash_key = secrets.token_bytes(32)
         self._controller.renew("start", time.monotonic() + LEASE_S)
         self._handles: dict[str, Any] = {}
         self._started_s = time.monotonic()
@@ -172,7 +174,7 @@ class ControllerActor:
                 concurrency_groups=CONCURRENCY_GROUPS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(await self._place(f"{replica_id}-{epoch}", demand), 0),
             )
-            self._handles[replica_id] = actor.remote(replica_id, epoch, self._options.engine, self._options.server.log_level)
+            self._handles[replica_id] = actor.remote(replica_id, epoch, self._options.engine, self._hash_key, self._options.server.log_level)
         except (TimeoutError, RayError, ValueError) as error:
             self._controller.died(replica_id, epoch, f"could not be started: {_first_line(error)}")
 

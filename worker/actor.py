@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,16 +25,18 @@ from .engine import Engine, Progress, build_engine
 from .engine_loop import EngineLoop
 from .logs import LogSetup, start_logging
 from .outbox import Outbox
-from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost
+from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
 
 log = logging.getLogger(__name__)
 
 CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256}
 FRAME_TIMEOUT_S = 600.0  # heartbeats come twice a second between steps; no single step may last longer
 SUBMIT_TIMEOUT_S = 60.0
+LOOK_TIMEOUT_S = 60.0  # for what the engine's thread must answer itself, which it does between two steps
 SWITCH_S = 5e-4  # the engine's thread asks for the interpreter between kernels; Python's 5 ms would be a fifth of a step
 LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in this time hears why
 
+T = TypeVar("T")
 Reply = tuple[Any, ...]
 """("ok",), ("bad_request", field, message), ("overloaded", message, retry_after_s) or ("lost", message)."""
 
@@ -76,6 +79,7 @@ class ReplicaActor:
     Args:
         replica_id, epoch: who it is; requests for another epoch are refused.
         options: what to serve.
+        hash_key: secret of the page hashes, the same in the whole cluster.
         log_level: sets up the logging of this process; None leaves it alone.
         build: makes the engine (in a thread; the actor answers meanwhile).
         die: ends the process with an exit code.
@@ -86,8 +90,9 @@ class ReplicaActor:
         replica_id: str,
         epoch: int,
         options: EngineOptions,
+        hash_key: bytes,
         log_level: str | None = None,
-        build: Callable[[EngineOptions, Progress], Engine] = build_engine,
+        build: Callable[[EngineOptions, bytes, Progress], Engine] = build_engine,
         die: Callable[[int], None] = os._exit,
     ) -> None:
         if log_level is not None:
@@ -95,6 +100,7 @@ class ReplicaActor:
         self._replica_id = replica_id
         self._epoch = epoch
         self._options = options
+        self._hash_key = hash_key
         self._make_engine = build
         self._die = die
         self._loaded = (0, 0)
@@ -110,7 +116,8 @@ class ReplicaActor:
         """All there is to know, as primitives: what the controller polls, and rebuilds its state from.
 
         Keys: replica_id, epoch, pid, node; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
-        why this replica never became ready, or died); info and stats (fields in order; None until ready).
+        why this replica never became ready, or died); step_s (how long the step has taken so far that is being computed now);
+        info and stats (fields in order; None until ready).
         """
         loop = self._loop
         return {
@@ -122,6 +129,7 @@ class ReplicaActor:
             "to_load": self._loaded[1],
             "phases": dict(self._phases),
             "failure": self._failure,
+            "step_s": loop.step_s() if loop else 0.0,
             "info": tuple(self._engine.info) if self._engine and loop else None,
             "stats": tuple(loop.stats()) if loop else None,
         }
@@ -130,6 +138,40 @@ class ReplicaActor:
     async def set_log_level(self, level: str) -> None:
         """How much this process logs from now on."""
         logging.getLogger().setLevel(level.upper())
+
+    @ray.method(concurrency_group="control")
+    async def events(self, after: int | None, wait_s: float) -> bytes:
+        """What has changed since event `after` (`pack_events`): as soon as that is anything but the load, after `wait_s` at the latest.
+
+        With None, or a number that the log no longer reaches back to, everything that there is, at once. The answer comes between two
+        steps, so a long step delays it.
+
+        Raises:
+            ReplicaLost: the engine is not ready, or died.
+        """
+        loop = self._ready_loop()
+        try:
+            return pack_events(await asyncio.wait_for(asyncio.wrap_future(loop.events(after, wait=True)), wait_s))
+        except TimeoutError:
+            return pack_events(await self._look(loop.events(after, wait=False)))
+
+    @ray.method(concurrency_group="control")
+    async def requests(self) -> list[tuple[Any, ...]]:
+        """The fields of `LiveRequest` of every request that lives, in the order of arrival.
+
+        Raises:
+            ReplicaLost: as `events`.
+        """
+        return [tuple(r) for r in await self._look(self._ready_loop().requests())]
+
+    @ray.method(concurrency_group="control")
+    async def page_map(self) -> bytes:
+        """One byte for each page: f free, a active, s shared, c cached, r reserved.
+
+        Raises:
+            ReplicaLost: as `events`.
+        """
+        return await self._look(self._ready_loop().page_map())
 
     @ray.method(concurrency_group="control")
     async def renew(self, connection: str) -> bool:
@@ -183,6 +225,17 @@ class ReplicaActor:
             leave()
             del self._outboxes[connection]
 
+    def _ready_loop(self) -> EngineLoop:
+        if self._loop is None:
+            raise ReplicaLost(f"{self._replica_id} is not ready")
+        return self._loop
+
+    async def _look(self, answer: Future[T]) -> T:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), LOOK_TIMEOUT_S)
+        except TimeoutError:
+            raise ReplicaLost(f"{self._replica_id} did not answer within {LOOK_TIMEOUT_S:g} s") from None
+
     def _build(self) -> None:
         sys.setswitchinterval(SWITCH_S)
         started_s = time.monotonic()
@@ -191,7 +244,7 @@ class ReplicaActor:
 
             self._phases["import torch"] = time.monotonic() - started_s
             loading_s = time.monotonic()
-            self._engine = self._make_engine(self._options, self._progress)
+            self._engine = self._make_engine(self._options, self._hash_key, self._progress)
             self._phases["load model"] = time.monotonic() - loading_s
             loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died)
             loop.start()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .config import LimitOptions
-from .protocol import BadRequest, GenerateRequest, SamplingParams
+from .protocol import BadRequest, GenerateRequest, ModelInfo, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,11 @@ class Door:
     pool_tokens: int
     max_sequences: int
 
+    @staticmethod
+    def of(info: ModelInfo, limits: LimitOptions) -> Door:
+        """The door of a replica that serves the model in `info`."""
+        return Door(limits, info.vocab_size, info.max_model_len, info.pool_tokens, info.max_sequences)
+
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """The request in canonical form (`top_k` of -1 becomes 0; lists become tuples).
 
@@ -40,6 +45,9 @@ class Door:
         _is_string("request_id", request.request_id, 1, 256)
         _is_string("tenant", request.tenant, 0, 256)
         _is_integer("priority", request.priority, -(2**31), 2**31 - 1)
+        _is_integer("attempt", request.attempt, 0, 2**31 - 1)
+        if request.seed is not None:
+            _is_integer("seed", request.seed, 0, 2**64 - 1)
         params = self._check_params(request.params)
         prompts = self._check_prompts(request.prompts, params)
         choices = len(prompts) * params.n

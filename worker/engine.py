@@ -1,6 +1,6 @@
 """One engine: requests in, outputs out, one step at a time. Knows neither threads nor Ray.
 
-    plan = scheduler.plan();  result = runner.run(plan);  outputs = scheduler.apply(result)
+plan = scheduler.plan();  result = runner.run(plan);  outputs = scheduler.apply(result)
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ from typing import Protocol
 
 from .config import EngineOptions
 from .door import Door
+from .events import Speeds
 from .page_pool import PagePool
 from .plan import StepPlan, StepResult
-from .protocol import BadRequest, EngineStats, GenerateRequest, ModelInfo, Overloaded, SequenceOutput
+from .protocol import (
+    BadRequest,
+    EngineStats,
+    EventFrame,
+    GenerateRequest,
+    LiveRequest,
+    ModelInfo,
+    Overloaded,
+    ReplicaLoad,
+    SequenceOutput,
+)
 from .scheduler import Scheduler
-from .sequence import Sequence, sequence_seed
+from .sequence import Request, Sequence, sequence_seed
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +76,7 @@ class Engine:
         self._sequences = 0
         self._step_s = 0.0
         self._rate = _Rate(since_s=time.monotonic())
+        self._speeds = Speeds()
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:
         """Check a request and queue all its sequences; the request in canonical form.
@@ -80,7 +92,9 @@ class Engine:
             waiting = self.scheduler.num_waiting
             raise Overloaded(f"the queue is full: {waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
         self._arrivals += 1
-        self.scheduler.add(self._sequences_of(request))
+        sequences = {s.choice: s for s in self._sequences_of(request)}
+        prompt_tokens = sum(map(len, request.prompts))
+        self.scheduler.add(Request(request.request_id, request.tenant, request.priority, prompt_tokens, sequences))
         return request
 
     def room(self) -> int:
@@ -100,6 +114,7 @@ class Engine:
         outputs = self.scheduler.apply(self.runner.run(plan))
         now_s = time.monotonic()
         self._step_s += now_s - started_s
+        self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
         return outputs
 
@@ -128,6 +143,46 @@ class Engine:
             step_seconds=self._step_s,
         )
 
+    def load(self) -> ReplicaLoad:
+        """What routing goes by."""
+        scheduler, pages = self.scheduler, self.scheduler.pool.counts()
+        return ReplicaLoad(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            pages_total=pages.total,
+            pages_free=pages.free,
+            pages_cached=pages.cached,
+            pages_active=pages.active,
+            pages_reserved=pages.reserved,
+            pages_host=0,
+            pending_tokens=scheduler.pending_tokens(),
+            lowest_priority=scheduler.running[-1].priority if scheduler.running else -(2**31),
+            prefill_tokens_per_s=self._speeds.prefill_tokens_per_s,
+            decode_step_s=self._speeds.decode_step_s,
+            steps=scheduler.counters.steps,
+        )
+
+    def requests(self) -> list[LiveRequest]:
+        """The requests that live, in the order of arrival."""
+        return self.scheduler.live()
+
+    def has_news(self, after: int | None) -> bool:
+        """Whether `events(..., after)` would tell more than the load."""
+        return after != self.scheduler.pool.events.next
+
+    def events(self, replica_id: str, epoch: int, after: int | None) -> EventFrame:
+        """What has changed since the event numbered `after`, or a dump of all there is when that cannot be told."""
+        pool = self.scheduler.pool
+        changes, live = pool.events.since(after), self.scheduler.live()
+        served = pool.events.served(None if changes is None else after, self.scheduler.served_tokens())
+        if changes is None:
+            shown = (0, pool.events.next, True, pool.findable(), (), tuple(live), ())
+        else:
+            started = set(changes.started)
+            news = tuple(r for r in live if r.request_id in started)
+            shown = (after or 0, pool.events.next, False, changes.stored, changes.removed, news, changes.ended)
+        return EventFrame(replica_id, epoch, *shown, served, self.load())
+
     def _retry_after_s(self) -> float:
         """How long the sequences that wait will take to get a place, at the measured rate; between 1 and 60 seconds."""
         return min(max(self.scheduler.num_waiting / self._rate.per_s, 1.0), 60.0) if self._rate.per_s else 1.0
@@ -135,8 +190,9 @@ class Engine:
     def _sequences_of(self, request: GenerateRequest) -> list[Sequence]:
         params, sequences = request.params, []
         root = self.scheduler.pool.root(request.tenant)
+        source = sequence_seed(self._seed, self._arrivals) if request.seed is None else request.seed
         for i, prompt in enumerate(request.prompts):
-            seed = sequence_seed(self._seed, self._arrivals * 2**16 + i + 1) if params.seed is None else params.seed
+            seed = sequence_seed(source, i + 1) if params.seed is None else params.seed
             leader = None
             for k in range(params.n):
                 choice = i * params.n + k
@@ -159,11 +215,12 @@ class Engine:
         return sequences
 
 
-def build_engine(options: EngineOptions, progress: Progress | None = None) -> Engine:
+def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | None = None) -> Engine:
     """Load the model and make an engine around it.
 
     Args:
         options: what to serve, and with how much.
+        hash_key: secret of the page hashes, at most 64 bytes; the same in the whole cluster.
         progress: called with (done, total) while weights load.
 
     Raises:
@@ -173,19 +230,21 @@ def build_engine(options: EngineOptions, progress: Progress | None = None) -> En
 
     runner, sizes = build_runner(options, progress)
     scheduler_options = options.scheduler
-    pool = PagePool(sizes.pages, options.cache.page_size, sizes.hash_key, options.cache.prefix_cache)
+    page_size = options.cache.page_size
+    pool = PagePool(sizes.pages, page_size, hash_key, options.cache.prefix_cache)
     max_running = min(scheduler_options.max_running, scheduler_options.max_batch_tokens)
+    info = sizes.info._replace(
+        page_size=page_size,
+        pool_tokens=sizes.pages * page_size,
+        max_sequences=max_running + scheduler_options.max_waiting,
+        max_running=max_running,
+        tp=options.parallel.tp,
+    )
     return Engine(
-        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, sizes.info.eos_token_ids),
+        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, info.eos_token_ids),
         runner,
-        Door(
-            limits=options.limits,
-            vocab_size=sizes.info.vocab_size,
-            max_model_len=sizes.info.max_model_len,
-            pool_tokens=sizes.pages * options.cache.page_size,
-            max_sequences=max_running + scheduler_options.max_waiting,
-        ),
-        sizes.info,
+        Door.of(info, options.limits),
+        info,
         scheduler_options.max_waiting,
         options.model.seed,
     )

@@ -16,7 +16,17 @@ from functools import partial
 from typing import TypeVar
 
 from .engine import Engine
-from .protocol import BadRequest, EngineStats, Frame, GenerateRequest, ReplicaLost, SequenceOutput, pack_frame
+from .protocol import (
+    BadRequest,
+    EngineStats,
+    EventFrame,
+    Frame,
+    GenerateRequest,
+    LiveRequest,
+    ReplicaLost,
+    SequenceOutput,
+    pack_frame,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +70,9 @@ class EngineLoop:
         self._wake = threading.Event()
         self._subscribers: dict[str, _Subscriber] = {}
         self._owner: dict[str, str] = {}  # request id -> ingress
+        self._attempt: dict[str, int] = {}  # request id -> its latest attempt
+        self._pollers: list[tuple[int | None, Future[EventFrame]]] = []  # who waits for news since which number
+        self._step_began_s: float | None = None
         self._stopping = False
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name=f"engine-{replica_id}", daemon=True)
@@ -111,9 +124,30 @@ class EngineLoop:
         """`submit`, answered through a future."""
         return self._ask(partial(self._submit, ingress, request))
 
-    def abort(self, request_id: str, choice: int | None = None) -> None:
-        """End a request, or one sequence of it, before the next step. Unknown ones are ignored."""
-        self._post(partial(self._abort, request_id, choice))
+    def abort(self, request_id: str, choice: int | None = None, attempt: int = 0) -> None:
+        """End a request, or one sequence of it, before the next step. Unknown ones, and other attempts, are ignored."""
+        self._post(partial(self._abort, request_id, choice, attempt))
+
+    def events(self, after: int | None, wait: bool) -> Future[EventFrame]:
+        """What has changed since event `after`, with `wait` as soon as that is anything but the load (cancel it to wait no longer)."""
+        if not wait:
+            return self._ask(lambda: self._engine.events(self._replica_id, self._epoch, after))
+        answer: Future[EventFrame] = Future()
+        self._ask(lambda: self._pollers.append((after, answer))).add_done_callback(partial(_pass_on_error, answer))
+        return answer
+
+    def requests(self) -> Future[list[LiveRequest]]:
+        """The requests that live."""
+        return self._ask(self._engine.requests)
+
+    def page_map(self) -> Future[bytes]:
+        """The state of every page (`PagePool.page_map`)."""
+        return self._ask(self._engine.scheduler.pool.page_map)
+
+    def step_s(self) -> float:
+        """Seconds that the step has taken so far that is being computed now; 0.0 when none is."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     # --- the inbox ---
 
@@ -147,7 +181,9 @@ class EngineLoop:
                 self._wake.clear()
                 while self._inbox:
                     self._inbox.popleft()()
+                self._step_began_s = time.monotonic()
                 outputs = self._engine.step()
+                self._step_began_s = None
                 now_s = time.monotonic()
                 due = now_s - beat_s >= self._heartbeat_s
                 self._stats = self._engine.stats()
@@ -155,6 +191,8 @@ class EngineLoop:
                     self._send(outputs, self._stats if due else None)
                 if due:
                     beat_s = now_s
+                if self._pollers:
+                    self._tell_news()
                 if self._engine.idle():
                     self._wake.wait(max(self._heartbeat_s - (now_s - beat_s), 0.0))
         except BaseException as error:
@@ -166,6 +204,17 @@ class EngineLoop:
             self._stopping = True
             while self._inbox:  # nobody is left waiting for an answer
                 self._inbox.popleft()()
+            for _, answer in self._pollers:
+                if answer.set_running_or_notify_cancel():
+                    answer.set_exception(ReplicaLost(f"replica {self._replica_id} is gone"))
+
+    def _tell_news(self) -> None:
+        pollers, self._pollers = self._pollers, []
+        for after, answer in pollers:
+            if not self._engine.has_news(after) and not answer.cancelled():
+                self._pollers.append((after, answer))
+            elif answer.set_running_or_notify_cancel():
+                answer.set_result(self._engine.events(self._replica_id, self._epoch, after))
 
     def _send(self, outputs: list[SequenceOutput], stats: EngineStats | None) -> None:
         mine: dict[str, list[SequenceOutput]] = {}
@@ -173,7 +222,8 @@ class EngineLoop:
             ingress = self._owner.get(output.request_id)
             if ingress is None:
                 continue
-            mine.setdefault(ingress, []).append(output)
+            attempt = self._attempt[output.request_id]
+            mine.setdefault(ingress, []).append(output._replace(attempt=attempt) if attempt else output)
             if output.finish is not None:
                 self._count_end(ingress, output.request_id)
         for name in self._subscribers if stats is not None else mine:
@@ -187,7 +237,7 @@ class EngineLoop:
         requests = self._subscribers[ingress].requests
         requests[request_id] -= 1
         if requests[request_id] == 0:
-            del requests[request_id], self._owner[request_id]
+            del requests[request_id], self._owner[request_id], self._attempt[request_id]
 
     def _subscribe(self, ingress: str, deliver: Deliver) -> None:
         self._unsubscribe(ingress)
@@ -198,18 +248,37 @@ class EngineLoop:
         subscriber = self._subscribers.pop(ingress, None)
         for request_id in subscriber.requests if subscriber else ():
             self._engine.abort(request_id)
-            del self._owner[request_id]
+            del self._owner[request_id], self._attempt[request_id]
 
     def _submit(self, ingress: str, request: GenerateRequest) -> None:
         if self._stopping or ingress not in self._subscribers:
             raise ReplicaLost(f"replica {self._replica_id} has no stream to ingress {ingress!r}")
-        if request.request_id in self._owner:
-            raise BadRequest("request_id", f"{request.request_id!r} is in use")
+        attempt = self._attempt.get(request.request_id)
+        if attempt is not None:
+            if request.attempt == attempt and self._owner[request.request_id] == ingress:
+                return  # the same message once more
+            if request.attempt <= attempt:
+                raise BadRequest("request_id", f"{request.request_id!r} is in use")
+            self._forget(request.request_id)  # its ingress has lost sight of that attempt
         request = self._engine.submit(request)
         self._owner[request.request_id] = ingress
-        self._subscribers[ingress].requests[request.request_id] = len(request.prompts) * request.params.n
+        self._attempt[request.request_id] = request.attempt
+        self._subscribers[ingress].requests[request.request_id] = len(request.choices)
 
-    def _abort(self, request_id: str, choice: int | None) -> None:
+    def _forget(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+        del self._subscribers[self._owner[request_id]].requests[request_id]
+        del self._owner[request_id], self._attempt[request_id]
+
+    def _abort(self, request_id: str, choice: int | None, attempt: int) -> None:
+        if self._attempt.get(request_id) != attempt:
+            return
         outputs = self._engine.abort(request_id, choice)
         if outputs:
             self._send(outputs, None)
+
+
+def _pass_on_error(answer: Future[EventFrame], asked: Future[None]) -> None:
+    error = asked.exception()
+    if error is not None and answer.set_running_or_notify_cancel():
+        answer.set_exception(error)

@@ -1,12 +1,13 @@
 """Offline generation: the serving engine in the caller's own process, without Ray or HTTP.
 
-    from quire import LLM, SamplingParams
-    for answer in LLM("smollm2").chat([{"role": "user", "content": "What is a quire?"}], SamplingParams(max_tokens=64)):
-        print(answer.outputs[0].text)
+from quire import LLM, SamplingParams
+for answer in LLM("smollm2").chat([{"role": "user", "content": "What is a quire?"}], SamplingParams(max_tokens=64)):
+    print(answer.outputs[0].text)
 """
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class LLM:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            self.engine: Engine = build_engine(engine_options(model=model, **options), loaded)
+            self.engine: Engine = build_engine(engine_options(model=model, **options), secrets.token_bytes(32), loaded)
         self.tokenizer: Tokenizer = load_tokenizer(Path(self.engine.info.path))
         self._progress = progress
         self._requests = 0

@@ -29,7 +29,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .events import EventLog
 from .page_hash import page_hash, root_hash, token_bytes
+
+_HELD, _CACHED, _RESERVED = b"fas", ord("c"), ord("r")  # of a page map; _HELD by how many hold the page
 
 
 class PoolCorrupt(RuntimeError):
@@ -63,6 +66,8 @@ class PagePool:
         page_size: tokens in a page.
         key: secret of the hash; replicas that exchange pages share it.
         prefix_cache: False keeps nothing findable.
+
+    `events` hears of every page that becomes findable, or no longer is.
     """
 
     def __init__(self, total: int, page_size: int, key: bytes = b"", prefix_cache: bool = True) -> None:
@@ -71,6 +76,7 @@ class PagePool:
         self.total = total
         self.page_size = page_size
         self.references = [0] * total
+        self.events = EventLog()
         self._key = key
         self._prefix_cache = prefix_cache
         self._free = list(range(total - 1, -1, -1))  # a stack: page 0 goes out first
@@ -131,7 +137,9 @@ class PagePool:
         if self._free:
             return self._free.pop()
         page, _ = self._cached.popitem(last=False)
-        del self._index[self._entries.pop(page).hash]
+        digest = self._entries.pop(page).hash
+        del self._index[digest]
+        self.events.removed(digest)
         return page
 
     # --- pages in transit ---
@@ -197,13 +205,27 @@ class PagePool:
                 raise PoolCorrupt(f"page {page} is not active and cannot be indexed")
             self._index[digest] = page
             self._entries[page] = _Entry(digest, parent, content)
+            self.events.stored(digest)
         return digest
+
+    def findable(self) -> tuple[bytes, ...]:
+        """The hash of every page that can be found."""
+        return tuple(self._index)
 
     def cached_among(self, pages: Iterable[int]) -> int:
         """How many of `pages` are cached, that is, count as available until they are retained."""
         return sum(self.references[page] == 0 for page in pages)
 
     # --- the books ---
+
+    def page_map(self) -> bytes:
+        """One byte for each page: f free, a active, s shared (active, with more than one holder), c cached, r reserved."""
+        marks = bytearray(_HELD[min(count, 2)] for count in self.references)
+        for page in self._cached:
+            marks[page] = _CACHED
+        for page in self._reserved:
+            marks[page] = _RESERVED
+        return bytes(marks)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Count every page against the block tables (and pins) that exist.

@@ -52,6 +52,10 @@ class DeadlineExceeded(QuireError):
     """The request's deadline passed while it still waited for its turn; nothing of it was computed."""
 
 
+class RequestFailed(QuireError):
+    """The request was given up: replica after replica has died while it ran there."""
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings; `DEADLINE` never ran."""
 
@@ -118,6 +122,10 @@ class GenerateRequest:
         resume: for a request that another replica has lost: choice -> the output tokens that its client already has. A choice
             that is not in it has ended and is not started. Tokens, indices, penalties and random numbers go on from there.
         trace: W3C `traceparent` of the span that the replica's spans belong under; empty when nothing is traced.
+        attempt: counts the times that its ingress has sent it somewhere. A later attempt replaces an earlier one, and outputs and
+            aborts name the attempt that they belong to, so that what is left of an earlier one does no harm.
+        seed: where its random numbers come from when `params.seed` is None, so that a resumed request goes on with the same ones;
+            None lets the engine choose.
     """
 
     request_id: str
@@ -128,6 +136,8 @@ class GenerateRequest:
     deadline_ms: int | None = None
     resume: dict[int, tuple[int, ...]] | None = None
     trace: str = ""
+    attempt: int = 0
+    seed: int | None = None
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -188,6 +198,7 @@ class SequenceOutput(NamedTuple):
         logprobs: one for each of `tokens`, or None when not asked for.
         prompt_logprobs: one for each prompt token from the second on; with the first output, when asked for.
         error: the message for `FinishReason.ERROR`.
+        attempt: `GenerateRequest.attempt` of the request that it comes from.
     """
 
     request_id: str
@@ -200,6 +211,7 @@ class SequenceOutput(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    attempt: int = 0
 
 
 class EngineStats(NamedTuple):
@@ -322,7 +334,7 @@ def unpack_frame(data: bytes) -> Frame:
 
 
 def _output(raw: tuple[Any, ...]) -> SequenceOutput:
-    request_id, choice, index, tokens, finish, stop_token, cached, logprobs, prompt_logprobs, error = raw
+    request_id, choice, index, tokens, finish, stop_token, cached, logprobs, prompt_logprobs, error, attempt = raw
     return SequenceOutput(
         request_id,
         choice,
@@ -334,4 +346,5 @@ def _output(raw: tuple[Any, ...]) -> SequenceOutput:
         tuple(TokenLogprob(*lp) for lp in logprobs) if logprobs is not None else None,
         tuple(TokenLogprob(*lp) for lp in prompt_logprobs) if prompt_logprobs is not None else None,
         error,
+        attempt,
     )

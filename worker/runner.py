@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from types import ModuleType
@@ -80,6 +79,12 @@ class ModelRunner:
         self._free = list(range(max_running - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._scores: dict[int, list[TokenLogprob]] = {}  # prompt logprobs of prompts that are still being computed
+
+    def reset(self) -> None:
+        """Forget every sequence, whatever a `run` that raised has left half done."""
+        self._slots.clear()
+        self._scores.clear()
+        self._free = list(range(len(self._tokens) - 1, -1, -1))
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
@@ -184,7 +189,6 @@ class Sizes(NamedTuple):
 
     info: ModelInfo
     pages: int
-    hash_key: bytes
 
 
 def build_runner(options: EngineOptions, progress: Progress | None = None) -> tuple[ModelRunner, Sizes]:
@@ -220,7 +224,7 @@ def build_runner(options: EngineOptions, progress: Progress | None = None) -> tu
     )
     pool_gib = pages * shape.page_bytes / 2**30
     log.info("%s: %d pages of %d tokens, %.2f GiB, on %s in %s", info.name, pages, cache.page_size, pool_gib, device, dtype)
-    return runner, Sizes(info, pages, secrets.token_bytes(32))
+    return runner, Sizes(info, pages)
 
 
 def _device(options: ModelOptions) -> torch.device:

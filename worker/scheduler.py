@@ -22,8 +22,8 @@ from operator import attrgetter
 from .page_pool import PagePool
 from .plan import NewSequence, Row, Sampled, StepPlan, StepResult
 from .pressure import Action, relieve
-from .protocol import FinishReason, SequenceOutput, TokenLogprob
-from .sequence import Sequence, State
+from .protocol import FinishReason, LiveRequest, SequenceOutput, TokenLogprob
+from .sequence import Request, Sequence, State
 
 _ORDER = attrgetter("order")
 
@@ -62,17 +62,18 @@ class Scheduler:
         self.running: list[Sequence] = []  # in scheduling order
         self.waiting: list[Sequence] = []  # in scheduling order
         self._sequences: dict[int, Sequence] = {}
-        self._by_request: dict[str, dict[int, Sequence]] = {}
+        self._requests: dict[str, Request] = {}
         self._forget: list[int] = []
         self._planned: dict[Sequence, tuple[int, int]] = {}  # sequence -> (start, count) of the step being planned or run
         self._copies: dict[Sequence, tuple[int, int]] = {}
 
     # --- what comes and goes ---
 
-    def add(self, sequences: list[Sequence]) -> None:
-        """Queue the sequences of one request. Those with a leader follow it until its prompt is computed."""
-        self._by_request[sequences[0].request_id] = {s.choice: s for s in sequences}
-        for s in sequences:
+    def add(self, request: Request) -> None:
+        """Queue the sequences of a request. Those with a leader follow it until its prompt is computed."""
+        self._requests[request.request_id] = request
+        self.pool.events.started(request.request_id, request.tenant)
+        for s in request.sequences.values():
             self._sequences[s.seq] = s
             self.counters.prompt_tokens += s.prompt_len
             if s.leader is None:
@@ -83,13 +84,14 @@ class Scheduler:
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request (or one choice of it); its terminal outputs. Unknown or ended ones give none."""
-        live = self._by_request.get(request_id, {})
+        request = self._requests.get(request_id)
+        live = request.sequences if request else {}
         doomed = list(live.values()) if choice is None else [live[choice]] if choice in live else []
         return [self._end(s, FinishReason.ABORT) for s in doomed]
 
     def has_request(self, request_id: str) -> bool:
         """Whether any sequence of the request is alive."""
-        return request_id in self._by_request
+        return request_id in self._requests
 
     @property
     def num_waiting(self) -> int:
@@ -104,10 +106,13 @@ class Scheduler:
         self._leave(s)
         s.state = State.FINISHED
         del self._sequences[s.seq]
-        siblings = self._by_request[s.request_id]
-        del siblings[s.choice]
-        if not siblings:
-            del self._by_request[s.request_id]
+        request = self._requests[s.request_id]
+        del request.sequences[s.choice]
+        request.ended_tokens += s.num_output
+        if not request.sequences:
+            del self._requests[s.request_id]
+            total = request.ended_tokens
+            self.pool.events.ended(s.request_id, request.tenant, total, total - request.resumed_tokens)
         self._release_followers(s)
         return SequenceOutput(s.request_id, s.choice, s.num_output, (), reason, error=error)
 
@@ -132,6 +137,36 @@ class Scheduler:
             follower.state = State.WAITING
             insort(self.waiting, follower, key=_ORDER)
         s.followers.clear()
+
+    # --- what there is ---
+
+    def live(self) -> list[LiveRequest]:
+        """The requests that live, in the order of arrival."""
+        return [
+            LiveRequest(
+                r.request_id,
+                r.tenant,
+                r.priority,
+                "running" if any(s.state is State.RUNNING for s in r.sequences.values()) else "waiting",
+                len(r.sequences),
+                r.prompt_tokens,
+                r.output_tokens,
+                sum(len(s.pages) for s in r.sequences.values()),
+            )
+            for r in self._requests.values()
+        ]
+
+    def served_tokens(self) -> dict[str, int]:
+        """Output tokens that the requests that live have got here, by tenant."""
+        served: dict[str, int] = {}
+        for r in self._requests.values():
+            served[r.tenant] = served.get(r.tenant, 0) + r.output_tokens - r.resumed_tokens
+        return served
+
+    def pending_tokens(self) -> int:
+        """Tokens to compute before every sequence is one token from its next output; those of followers are their leaders'."""
+        to_go = (len(s.tokens) - s.num_computed for some in (self.running, self.waiting) for s in some)
+        return sum(count for count in to_go if count > 1)
 
     # --- planning a step ---
 

@@ -33,6 +33,7 @@ class Sequence:
         root: where the hash chain of its tenant starts.
         max_tokens: output tokens at most.
         order: what scheduling goes by: (priority, arrival, choice); smaller runs first and is preempted last.
+        resumed: output tokens that it came with, from a replica that lost it.
         num_computed: tokens whose K and V are in `pages`.
         hashes: of the full pages at the head of `pages`, as far as they have been indexed.
         known_pages: how many of `pages` the runner has been told of; 0 when it does not know the sequence.
@@ -51,6 +52,7 @@ class Sequence:
     seed: int
     root: bytes
     order: tuple[int, int, int]
+    resumed: int = 0
     state: State = State.WAITING
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -65,6 +67,40 @@ class Sequence:
     def num_output(self) -> int:
         """Output tokens so far."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def priority(self) -> int:
+        """Lower goes first."""
+        return self.order[0]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the sequences of one request have in common. Only the scheduler changes it.
+
+    Attributes:
+        tenant: who pays for it.
+        prompt_tokens: of all its prompts.
+        sequences: those that have not ended, by choice.
+        deadline_s: on the engine's clock: the first of its sequences must have started by then, or all end. None once one has, or
+            when there is none.
+        ended_tokens: output tokens of the sequences that ended.
+        resumed_tokens: those of all output tokens that it came with.
+    """
+
+    request_id: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    sequences: dict[int, Sequence]
+    deadline_s: float | None = None
+    ended_tokens: int = 0
+    resumed_tokens: int = 0
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all its sequences so far, those that it came with included."""
+        return self.ended_tokens + sum(s.num_output for s in self.sequences.values())
 
 
 def sequence_seed(seed: int, k: int) -> int:

@@ -44,7 +44,7 @@ class Town:
     async def add(self, replica_id: str, **engine: Any) -> Owner:
         owner = Owner(replica_id, self.controller.begin(replica_id, 1))
         made = self.engines[owner] = hash_engine(**({"pages": 64} | engine))
-        actor = self.actors[owner] = ReplicaActor(*owner, EngineOptions(), build=lambda options, progress: made, die=lambda code: None)
+        actor = self.actors[owner] = ReplicaActor(*owner, EngineOptions(), b"key", build=lambda options, key, progress: made, die=lambda code: None)
         while (raw := await actor.report())["info"] is None:  # noqa: ASYNC110 (it is built by another thread)
             await asyncio.sleep(0.005)
         self.controller.reported(Report(**{**raw, "info": ModelInfo(*raw["info"]), "stats": EngineStats(*raw["stats"])}))

@@ -59,5 +59,5 @@ def real(tokenizer: Tokenizer) -> Iterator[ServerThread]:
         cache=CacheOptions(kv_pages=256),
         scheduler=SchedulerOptions(max_batch_tokens=256, max_running=32, max_waiting=64),
     )
-    with ServerThread(build_engine(options), tokenizer, ServerOptions(port=0, log_level="warning"), options.limits) as server:
+    with ServerThread(build_engine(options, b"key"), tokenizer, ServerOptions(port=0, log_level="warning"), options.limits) as server:
         yield server

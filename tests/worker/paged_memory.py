@@ -70,6 +70,9 @@ class PagedMemory:
         self.largest_step = max(self.largest_step, sum(row.num_tokens for row in plan.rows))
         return StepResult(plan.step, tuple(self._sample(row.seq, row.start + row.num_tokens) for row in plan.rows if row.samples))
 
+    def reset(self) -> None:
+        self.known.clear()
+
     def _learn(self, new: NewSequence) -> None:
         if new.seq in self.known:
             raise AssertionError(f"sequence {new.seq} was sent twice")
@@ -98,6 +101,7 @@ def hash_engine(
     max_running = min(max_running, max_batch_tokens)
     pool = PagePool(pages, page_size, b"key", prefix_cache)
     scheduler = Scheduler(pool, max_batch_tokens, max_running, (EOS,))
-    door = Door(limits or LimitOptions(), VOCAB, max_model_len, pages * page_size, max_running + max_waiting)
-    info = ModelInfo("hash", "", max_model_len, VOCAB, (EOS,), 0)
-    return Engine(scheduler, PagedMemory(pages, page_size), door, info, max_waiting)
+    info = ModelInfo(
+        "hash", "", max_model_len, VOCAB, (EOS,), 0, page_size, pages * page_size, max_running + max_waiting, max_running=max_running
+    )
+    return Engine(scheduler, PagedMemory(pages, page_size), Door.of(info, limits or LimitOptions()), info, max_waiting)

@@ -56,7 +56,7 @@ async def report_with(actor: ReplicaActor, true: Callable[[dict[str, Any]], obje
 
 async def started(engine: Any = None, die: Callable[[int], None] = lambda code: None) -> ReplicaActor:
     made = engine or hash_engine(pages=64, max_waiting=2, max_running=2)
-    actor = ReplicaActor("r0", 3, EngineOptions(), build=lambda options, progress: made, die=die)
+    actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=lambda options, key, progress: made, die=die)
     await report_with(actor, lambda report: report["info"])
     return actor
 
@@ -122,12 +122,12 @@ def test_nothing_is_taken_before_the_engine_is_there() -> None:
     async def scenario() -> None:
         go = threading.Event()
 
-        def build(options: EngineOptions, progress: Callable[[int, int], None]) -> Any:
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
             progress(3, 7)
             go.wait(WAIT_S)
             return hash_engine()
 
-        actor = ReplicaActor("r0", 3, EngineOptions(), build=build)
+        actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
         report = await report_with(actor, lambda report: report["to_load"])
         assert (report["loaded"], report["to_load"]) == (3, 7)
         assert (await actor.submit("i", 3, request("a").to_wire()))[0] == "lost"
@@ -140,10 +140,10 @@ def test_nothing_is_taken_before_the_engine_is_there() -> None:
 
 def test_an_engine_that_cannot_be_built_says_why() -> None:
     async def scenario() -> None:
-        def build(options: EngineOptions, progress: Callable[[int, int], None]) -> Any:
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
             raise ValueError("rope_type 'spiral' is not supported")
 
-        actor = ReplicaActor("r0", 3, EngineOptions(), build=build)
+        actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
         report = await report_with(actor, lambda report: report["failure"])
         assert report["failure"] == "rope_type 'spiral' is not supported"
         assert report["info"] is None

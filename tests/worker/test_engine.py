@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(model: Path, **options) -> Engine:
-    return build_engine(engine_options(model=str(model), **{"kv_pages": 200, "max_running": 16, "threads": 1} | options))
+    return build_engine(engine_options(model=str(model), **{"kv_pages": 200, "max_running": 16, "threads": 1} | options), b"key")
 
 
 def submit(engine: Engine, name: str, *prompts: list[int], **params) -> None:
