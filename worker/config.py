@@ -127,6 +127,7 @@ class ClusterOptions:
     routing: str = option("cost", "which replica takes a request", choices=("cost", "least_loaded", "power_of_two", "round_robin"))
     max_queue_requests: int = option(4096, "requests that may wait in the cluster; beyond it they get 429")
     max_queue_tokens: int = option(2**24, "prompt tokens that may wait in the cluster; beyond it requests get 429")
+    max_queue_wait_s: float = option(60.0, "a request that would wait longer for its turn, as the queue drains now, gets 429 at once")
     queue_order: str = option("fair", "fair: by virtual token counters of the tenants; fcfs: by arrival", choices=("fair", "fcfs"))
 
 
