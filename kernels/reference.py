@@ -158,3 +158,52 @@ def _gather(pages: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
     found = pages[tables.long()]  # [R, W, Hkv, 2, page_size, D]
     k, v = found.permute(3, 0, 2, 1, 4, 5).reshape(2, rows, kv_heads, width * page_size, head_dim)
     return k, v
+
+
+def attention_states(
+    q: Tensor, pages: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None = None, soft_cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`paged_attention` with its log-sum-exp and a soft cap, token by token and in float64: slow and plain, the oracle of all others.
+
+    Args:
+        q: [T, Hq, D], any float type.
+        pages: layer view [P, Hkv, 2, page_size, D], any float type, fp8 too. Only slots that a token sees are read.
+        batch: the rows. A row with kv_len 0 sees nothing.
+        scale: of the scores.
+        sliding_window: keys that a token sees at most, itself included; None for all.
+        soft_cap: scores become c * tanh(score / c); None for none.
+
+    Returns:
+        (float64 [T, Hq, D], float64 [T, Hq]): zeros and -inf for a token that sees no key.
+    """
+    page_size, kv_heads = pages.shape[3], pages.shape[1]
+    group = q.shape[1] // kv_heads
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
+    token = 0
+    for row, count in enumerate(batch.row_lens):
+        for end in range(batch.kv_lens_list[row] - count + 1, batch.kv_lens_list[row] + 1):
+            seen = torch.arange(0 if sliding_window is None else max(0, end - sliding_window), end, device=q.device)
+            if len(seen):
+                page = batch.block_tables[row, seen // page_size].long()
+                k, v = pages[page, :, :, seen % page_size].double().repeat_interleave(group, dim=1).unbind(2)  # [N, Hq, D]
+                scores = torch.einsum("hd,nhd->hn", q[token].double(), k) * scale
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                lse[token] = torch.logsumexp(scores, dim=1)
+                out[token] = torch.einsum("hn,nhd->hd", scores.softmax(dim=1), v)
+            token += 1
+    return out, lse
+
+
+def merge_states(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both states from attention over each: out = sum_i e^(lse_i - lse) out_i, lse = log sum_i e^lse_i.
+
+    a, b [T, Hq, D], lse_a, lse_b [T, Hq] -> ([T, Hq, D], [T, Hq]), in the wider type of each pair. A side with log-sum-exp -inf
+    counts for nothing; both: zeros and -inf.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    empty = lse == -torch.inf
+    weights = [torch.where(empty, 0.0, torch.exp(side - lse)).unsqueeze(-1) for side in (lse_a, lse_b)]
+    of_a, of_b = (torch.where(weight > 0, weight * state, 0.0) for weight, state in zip(weights, (a, b), strict=True))
+    return of_a + of_b, lse
