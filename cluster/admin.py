@@ -42,8 +42,9 @@ class PageCounts(NamedTuple):
 
 
 class ReplicaRow(NamedTuple):
-    """One replica. `state` is `starting`, `ready` or `dead`; `model` is empty until the replica has said what it serves.
+    """One replica. `state` is `starting`, `ready` or `dead`, `reason` why it is not ready, as far as that is known.
 
+    `model` is empty until the replica has said what it serves.
     `prompt_tokens` and `output_tokens` count from the start of this life of the replica; `epoch` names the life.
     """
 
@@ -57,6 +58,7 @@ class ReplicaRow(NamedTuple):
     waiting: int
     prompt_tokens: int = 0
     output_tokens: int = 0
+    reason: str = ""
 
 
 class RequestRow(NamedTuple):
@@ -124,20 +126,20 @@ class ClusterStatus:
 
 
 class AdminPort(Protocol):
-    """The cluster behind the admin API. Blocking calls, each with a time-out, from any thread.
+    """The cluster behind the admin API. Each call has a time-out of its own.
 
     Every call raises ReplicaLost when the controller does not answer.
     """
 
-    def status(self) -> ClusterStatus:
+    async def status(self) -> ClusterStatus:
         """How it stands."""
         ...
 
-    def page_maps(self) -> Mapping[str, bytes]:
+    async def page_maps(self) -> Mapping[str, bytes]:
         """Replica id -> a byte for each page: f free, a active, s shared, c cached, r reserved. Only of ready replicas."""
         ...
 
-    def restart(self, replica_id: str) -> None:
+    async def restart(self, replica_id: str) -> None:
         """Ends this life of a replica and starts another; its streams go on elsewhere. Returns when that has begun.
 
         Raises:
@@ -145,6 +147,6 @@ class AdminPort(Protocol):
         """
         ...
 
-    def set_log_level(self, level: str) -> None:
+    async def set_log_level(self, level: str) -> None:
         """`debug`, `info`, `warning` or `error`, in every process of the cluster."""
         ...

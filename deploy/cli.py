@@ -8,25 +8,27 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bench, chat, env, serve
+from .commands import admin, bench, chat, env, serve, top
 from .commands.arguments import CommandError
 
 
-def parser(api_key: str | None = None) -> argparse.ArgumentParser:
-    """The whole command line; `api_key` is the clients' default key."""
-    top = argparse.ArgumentParser(prog="quire", description="Serves large language models from a paged KV pool.")
-    top.add_argument("--version", action="version", version=f"quire {__version__}")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+def parser(api_key: str | None = None, admin_token: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; `api_key` is the clients' default key, `admin_token` the operators'."""
+    whole = argparse.ArgumentParser(prog="quire", description="Serves large language models from a paged KV pool.")
+    whole.add_argument("--version", action="version", version=f"quire {__version__}")
+    commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     serve.add_parser(commands)
     chat.add_parser(commands, api_key)
     bench.add_parser(commands, api_key)
+    admin.add_parsers(commands, admin_token)
+    top.add_parser(commands, admin_token)
     env.add_parser(commands)
-    return top
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for a wrong flag, configuration or server, 130 after Ctrl-C."""
-    args = parser(os.environ.get("QUIRE_API_KEY")).parse_args(argv)
+    args = parser(os.environ.get("QUIRE_API_KEY"), os.environ.get("QUIRE_ADMIN_TOKEN")).parse_args(argv)
     try:
         status: int = args.run(args)
     except CommandError as error:

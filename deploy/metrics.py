@@ -17,6 +17,7 @@ from ..worker.protocol import EngineStats
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+_ADMISSION_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _E2E_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 _COUNTERS = {
@@ -44,6 +45,9 @@ class Metrics:
         self._http: dict[tuple[str, int], int] = {}
         self._ttft = Histogram("quire_ttft_seconds", "Request received to first output.", buckets=_TTFT_S, registry=self._registry)
         self._tpot = Histogram("quire_tpot_seconds", "Time per output token after the first.", buckets=_TPOT_S, registry=self._registry)
+        self._admission = Histogram(
+            "quire_admission_seconds", "Request offered to taken by a replica, or refused.", buckets=_ADMISSION_S, registry=self._registry
+        )
         self._e2e = Histogram("quire_e2e_seconds", "Request received to its end.", buckets=_E2E_S, registry=self._registry)
         self._registry.register(_EngineCollector(stats))
         self._registry.register(_HttpCollector(self._http))
@@ -51,6 +55,10 @@ class Metrics:
     def count_request(self, route: str, status: int) -> None:
         """One HTTP request was answered."""
         self._http[route, status] = self._http.get((route, status), 0) + 1
+
+    def admission(self, wait_s: float) -> None:
+        """A request was taken by a replica, or refused, after so long."""
+        self._admission.observe(wait_s)
 
     def generation(self, started_s: float) -> GenerationClock:
         """A clock for a request that was received at `started_s` (time.perf_counter)."""
@@ -70,13 +78,15 @@ class GenerationClock:
         self._e2e = e2e
         self._started_s = started_s
         self._first_s: dict[int, float] = {}
+        self.ttft_s: float | None = None
 
     def tokens(self, choice: int) -> None:
         """Output of a choice has come."""
         if choice not in self._first_s:
             now_s = time.perf_counter()
             if not self._first_s:
-                self._ttft.observe(now_s - self._started_s)
+                self.ttft_s = now_s - self._started_s
+                self._ttft.observe(self.ttft_s)
             self._first_s[choice] = now_s
 
     def ended(self, choice: int, tokens: int) -> None:

@@ -1,16 +1,13 @@
-"""The admin API's routes, over an `AdminPort`. The port's calls block, so they run on the server's thread pool."""
+"""The admin API's routes, over an `AdminPort`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.concurrency import run_in_threadpool
 
 from ...cluster.admin import AdminPort, UnknownReplica
-from ...worker.logs import LEVELS
+from ...worker.logs import LEVELS, set_level
 from ...worker.protocol import BadRequest
 from ..api import errors
 from ..api.body import read_body
@@ -38,15 +35,15 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
     app = FastAPI(title="Quire admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.get("/admin/status")
-    def status() -> JSONResponse:
+    async def status() -> JSONResponse:
         """What `quire status --json` prints."""
-        return JSONResponse(port.status().as_json())
+        return JSONResponse((await port.status()).as_json())
 
     @app.get("/admin/top")
-    def top() -> JSONResponse:
+    async def top() -> JSONResponse:
         """The status and, for `quire top`, page maps, token counters and the queue."""
-        found = port.status()
-        maps = port.page_maps()
+        found = await port.status()
+        maps = await port.page_maps()
         return JSONResponse(
             {
                 **found.as_json(),
@@ -57,16 +54,20 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         )
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """The controller's figures for Prometheus."""
-        return Response(exposition(port.status()), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(exposition(await port.status()), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @app.post("/admin/replicas/{replica_id}/restart")
     async def restart(request: Request, replica_id: str) -> JSONResponse:
         """A new life for a replica."""
         if await request.body():
             await read_body(request, RestartBody)
-        return JSONResponse(await run_in_threadpool(_restart, port, replica_id))
+        try:
+            await port.restart(replica_id)
+        except UnknownReplica:
+            raise ApiError(404, f"there is no replica {replica_id[:200]!r}", param="replica_id", code="unknown_replica") from None
+        return JSONResponse({"replica": replica_id, "state": "restarting"})
 
     @app.post("/admin/log-level")
     async def log_level(request: Request) -> JSONResponse:
@@ -74,23 +75,12 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         body = await read_body(request, LogLevelBody)
         if body.level not in LEVELS:
             raise BadRequest("level", f"must be one of {', '.join(LEVELS)}")
-        return JSONResponse(await run_in_threadpool(_set_log_level, port, body.level))
+        set_level(body.level)  # of this process
+        await port.set_log_level(body.level)
+        return JSONResponse({"level": body.level})
 
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)  # the last one added stands outermost
     app.add_middleware(Guard, token=token)
     app.add_middleware(StrictRequest)
     return app
-
-
-def _restart(port: AdminPort, replica_id: str) -> dict[str, Any]:
-    try:
-        port.restart(replica_id)
-    except UnknownReplica:
-        raise ApiError(404, f"there is no replica {replica_id[:200]!r}", param="replica_id", code="unknown_replica") from None
-    return {"replica": replica_id, "state": "restarting"}
-
-
-def _set_log_level(port: AdminPort, level: str) -> dict[str, Any]:
-    port.set_log_level(level)
-    return {"level": level}

@@ -14,8 +14,21 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ...worker.config import AdminOptions
 from ..api.auth import bearer
 from ..api.errors import ApiError
+
+
+def check_admin(options: AdminOptions) -> None:
+    """Refuses what must not be started; cheap, so that it can be said before anything else is.
+
+    Raises:
+        ValueError: an address that others can reach, and no token.
+    """
+    if options.admin_token is None and not is_loopback(options.admin_host):
+        raise ValueError(f"--admin-host {options.admin_host} can be reached by others: set --admin-token, or use a loopback address")
+    if options.admin_token is not None and not (options.admin_token.isascii() and options.admin_token.isprintable()):
+        raise ValueError("--admin-token must be printable ASCII")
 
 
 class Guard:

@@ -13,24 +13,12 @@ from ...cluster.admin import AdminPort
 from ...worker.config import AdminOptions, ServerOptions
 from ..api.http_server import server_config
 from .app import create_admin_app
-from .guard import is_loopback
+from .guard import check_admin
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
-
-
-def check_admin(options: AdminOptions) -> None:
-    """Refuses what must not be started; cheap, so that it can be said before anything else is.
-
-    Raises:
-        ValueError: an address that others can reach, and no token.
-    """
-    if options.admin_token is None and not is_loopback(options.admin_host):
-        raise ValueError(f"--admin-host {options.admin_host} can be reached by others: set --admin-token, or use a loopback address")
-    if options.admin_token is not None and not (options.admin_token.isascii() and options.admin_token.isprintable()):
-        raise ValueError("--admin-token must be printable ASCII")
 
 
 def bind(options: AdminOptions) -> socket.socket:

@@ -17,12 +17,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ...worker.protocol import BadRequest, GenerateRequest, QuireError, SamplingParams
+from .account import Account, Called
 from .context import Api
 from .errors import CLIENT_GONE, ApiError, as_api_error
 from .generation import ChoiceDelta, Generation, Presentation
 from .lifecycle import Lifecycle, shutting_down
 from .reply import DONE, Reply, error_event
 from .schemas import SamplingBody
+from .urgency import read_urgency
 
 SEND_TIMEOUT_S = 60.0
 
@@ -54,18 +56,26 @@ async def answer(request: Request, asked: Asked, reply: Reply) -> Response:
     api: Api = request.app.state.api
     async with AsyncExitStack() as stack:
         stack.enter_context(api.lifecycle.track())
-        generation = await _submit(api, request, asked)
+        account = stack.enter_context(_account(api, request, asked))
+        account.generation = generation = await _submit(api, request, asked, account)
         stack.push_async_callback(generation.close)
         headers = {"X-Request-Id": asked.request_id}
         if asked.options.stream:
             first = await while_wanted(generation.__anext__(), request.receive, api.lifecycle)
-            return EventStream(generation, first, reply, api.lifecycle, headers, stack.pop_all())
+            return EventStream(Begun(generation, first, account), reply, api.lifecycle, headers, stack.pop_all())
         await while_wanted(_collect(generation, reply), request.receive, api.lifecycle)
         return JSONResponse(reply.body(generation.usage), headers=headers)
 
 
-async def _submit(api: Api, request: Request, asked: Asked) -> Generation:
-    started_s = time.perf_counter()
+def _account(api: Api, request: Request, asked: Asked) -> Account:
+    route, tenant = request.scope["route"].path, request.scope["state"]["tenant"]
+    traceparent = request.headers.get("traceparent", "")
+    return Account(Called(asked.request_id, tenant, route, api.info.name, asked.params, traceparent), api.tracing)
+
+
+async def _submit(api: Api, request: Request, asked: Asked, account: Account) -> Generation:
+    started_s, offered_ns = time.perf_counter(), time.time_ns()
+    urgency = read_urgency(asked.options, request.headers)
     choices = len(asked.prompts) * asked.params.n
     if choices > api.limits.max_choices:  # the door would say so, but what stands before it keeps books for each choice
         raise BadRequest(
@@ -73,7 +83,13 @@ async def _submit(api: Api, request: Request, asked: Asked) -> Generation:
             f"{len(asked.prompts)} prompts x n = {asked.params.n} make {choices} sequences; at most {api.limits.max_choices} are allowed",
         )
     engine_request = GenerateRequest(
-        asked.request_id, asked.prompts, asked.params, priority=asked.options.priority, tenant=request.scope["state"]["tenant"]
+        asked.request_id,
+        asked.prompts,
+        asked.params,
+        priority=urgency.priority,
+        tenant=request.scope["state"]["tenant"],
+        deadline_ms=urgency.deadline_ms,
+        trace=account.traceparent,
     )
     try:
         stream = await api.client.submit(engine_request)
@@ -83,6 +99,9 @@ async def _submit(api: Api, request: Request, asked: Asked) -> Generation:
             named = BadRequest(_client_field(error.field, asked.names), error.message)
             raise ApiError(400, str(named), param=named.field, code="context_length_exceeded") from None
         raise BadRequest(_client_field(error.field, asked.names), error.message) from None
+    finally:
+        account.admitted(offered_ns)
+        api.metrics.admission(time.perf_counter() - started_s)
     return Generation(stream, engine_request, api.text.tokenizer, asked.shown, api.metrics.generation(started_s))
 
 
@@ -97,13 +116,20 @@ async def _collect(generation: Generation, reply: Reply) -> None:
         reply.add(delta)
 
 
+class Begun(NamedTuple):
+    """A generation whose first output has come."""
+
+    generation: Generation
+    first: ChoiceDelta
+    account: Account
+
+
 class EventStream(Response):
     """The answer as server-sent events. Owns the generation from the moment it is made."""
 
     def __init__(
         self,
-        generation: Generation,
-        first: ChoiceDelta,
+        begun: Begun,
         reply: Reply,
         lifecycle: Lifecycle,
         headers: dict[str, str],
@@ -111,8 +137,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._generation = generation
-        self._first = first
+        self._generation, self._first, self._account = begun
         self._reply = reply
         self._lifecycle = lifecycle
         self._cleanup = cleanup
@@ -124,10 +149,10 @@ class EventStream(Response):
             try:
                 await while_wanted(self._pump(send), receive, self._lifecycle)
                 last = self._reply.usage_event(self._generation.usage) + DONE if self._reply.include_usage else DONE
-            except ApiError as error:
-                last = error_event(error.body()) if error.status != CLIENT_GONE else None
-            except QuireError as error:
-                last = error_event(as_api_error(error).body())
+            except (ApiError, QuireError) as error:
+                told = error if isinstance(error, ApiError) else as_api_error(error)
+                self._account.failed(told)
+                last = error_event(told.body()) if told.status != CLIENT_GONE else None
             if last is not None:
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,9 +14,11 @@ from ...cluster.client import EngineClient
 from ...worker.config import LimitOptions, ServerOptions
 from ...worker.protocol import ModelInfo
 from ...worker.text.tokenizer import Tokenizer
+from ...worker.tracing import Tracing
 from ..metrics import Metrics
+from ..tenants_file import load_tenants
 from . import chat, completions, errors, info_routes, text_routes
-from .auth import RequireKey, load_keys
+from .auth import RequireKey
 from .context import Api
 from .edge_text import EdgeText
 from .middleware import BodyLimit, CountRequests, StrictRequest
@@ -27,9 +31,10 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, opti
     scripts from elsewhere, and a key.
 
     Raises:
-        ValueError, OSError: the API keys cannot be used.
+        ValueError, OSError: the API keys or the collector of traces cannot be used.
     """
-    keys = load_keys(options)
+    keys, _ = load_tenants(options)
+    tracing = Tracing(options.otlp_endpoint, {"service.instance.id": f"ingress-{os.getpid()}"}) if options.otlp_endpoint else None
     api = Api(
         client=client,
         info=info,
@@ -38,12 +43,15 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, opti
         limits=limits,
         metrics=Metrics(client.stats),
         fingerprint="fp_" + hashlib.sha256(repr(info).encode()).hexdigest()[:12],
+        tracing=tracing,
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         api.text.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title="Quire", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.api = api

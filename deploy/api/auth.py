@@ -8,51 +8,41 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ...worker.config import ServerOptions
 from .errors import ApiError
 
 OPEN_PATHS = frozenset({"/live", "/health"})
 
 
 class ApiKeys:
-    """The accepted keys, as digests of equal length."""
+    """The accepted keys, as digests of equal length, and whose each is."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        if not all(keys):
+    def __init__(self, keys: Iterable[str], tenants: Mapping[str, str] | None = None) -> None:
+        """`keys` are each a tenant of their own; `tenants` are key -> name of its tenant."""
+        named = {key: tenant_of(key) for key in keys} | dict(tenants or {})
+        if not all(named):
             raise ValueError("an API key must not be empty")
-        self._digests = tuple(_digest(key.encode()) for key in keys)
+        self._tenants = tuple((_digest(key.encode()), tenant) for key, tenant in named.items())
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._tenants)
 
     def tenant(self, presented: bytes) -> str | None:
-        """A stable name for the caller with this key; None when no key is like it. Takes the same time for any input."""
+        """The name of the caller with this key; None when no key is like it. Takes the same time for any input."""
         digest = _digest(presented)
-        found = 0
-        for known in self._digests:
-            found |= hmac.compare_digest(digest, known)
-        return hashlib.sha256(b"quire tenant" + digest).hexdigest()[:32] if found else None
+        found = None
+        for known, tenant in self._tenants:
+            if hmac.compare_digest(digest, known):
+                found = tenant
+        return found
 
 
-def load_keys(options: ServerOptions) -> ApiKeys:
-    """Keys from the options and from the file (one a line; blank lines do not count).
-
-    Raises:
-        ValueError: a key is empty, or the file names none: a server that was meant to be closed must not open.
-        OSError: the file cannot be read.
-    """
-    keys = list(options.api_key)
-    if options.api_key_file is not None:
-        lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
-        from_file = [line.strip() for line in lines if line.strip()]
-        if not from_file:
-            raise ValueError(f"{options.api_key_file} holds no API key")
-        keys += from_file
-    return ApiKeys(tuple(keys))
+def tenant_of(key: str) -> str:
+    """A stable name for whoever has this key, when nobody has named them. The key cannot be found from it."""
+    return hashlib.sha256(b"quire tenant" + _digest(key.encode())).hexdigest()[:32]
 
 
 class RequireKey:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...cluster.client import EngineClient
 from ...worker.config import LimitOptions, ServerOptions
 from ...worker.protocol import ModelInfo
+from ...worker.tracing import Tracing
 from ..metrics import Metrics
 from .edge_text import EdgeText
 from .errors import ApiError
@@ -25,6 +26,7 @@ class Api:
     limits: LimitOptions
     metrics: Metrics
     fingerprint: str  # `system_fingerprint`: changes when the model does
+    tracing: Tracing | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     def check_model(self, name: str | None) -> None:

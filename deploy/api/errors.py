@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ...worker.protocol import BadRequest, Overloaded, QuireError, ReplicaLost
+from ...worker.protocol import BadRequest, DeadlineExceeded, Overloaded, QuireError, ReplicaLost
 
 RETRY_AFTER_LOST_S = 1  # another replica, or the same one after a restart, may be there by then
 CLIENT_GONE = 499  # nginx's word for it; only metrics and logs ever see it
@@ -58,11 +58,13 @@ def as_api_error(error: QuireError) -> ApiError:
             return ApiError(400, str(error), param=error.field)
         case Overloaded():
             return ApiError(429, error.message, code="overloaded", headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))})
+        case DeadlineExceeded():
+            return ApiError(504, str(error) or "the deadline passed before the request had its turn", code="deadline_exceeded")
         case ReplicaLost():
             message = "no replica can run this request now" if not str(error) else f"the replica is gone: {error}"
             return ApiError(503, message, code="replica_lost", headers={"Retry-After": str(RETRY_AFTER_LOST_S)})
         case _:
-            return ApiError(500, str(error))
+            return ApiError(500, str(error), code="engine_error")
 
 
 def engine_failed(message: str | None) -> ApiError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...cluster.client import RequestStream
-from ...worker.protocol import FinishReason, GenerateRequest, ReplicaLost, SequenceOutput, TokenLogprob
+from ...worker.protocol import DeadlineExceeded, FinishReason, GenerateRequest, ReplicaLost, SequenceOutput, TokenLogprob
 from ...worker.text.choice import ChoiceText
 from ...worker.text.detokenizer import TextOptions
 from ...worker.text.tokenizer import Tokenizer
@@ -61,6 +61,7 @@ class Generation:
 
     Raises while iterating:
         ReplicaLost: the replica is gone.
+        DeadlineExceeded: it waited longer than it wanted to.
         ApiError: 500, the engine could not compute a sequence.
     """
 
@@ -74,6 +75,7 @@ class Generation:
         self._choices = [_choice_text(tokenizer, request, shown) for _ in range(len(request.prompts) * request.params.n)]
         self._live = set(range(len(self._choices)))
         self._cached = [0] * len(request.prompts)
+        self._finishes: dict[int, str] = {}
 
     def __aiter__(self) -> Generation:
         return self
@@ -94,6 +96,16 @@ class Generation:
         prompt_tokens = sum(len(prompt) for prompt in self._request.prompts)
         return Usage(prompt_tokens, sum(choice.tokens for choice in self._choices), sum(self._cached))
 
+    @property
+    def finishes(self) -> list[str]:
+        """How the choices that have ended did, in their order."""
+        return [finish for _, finish in sorted(self._finishes.items())]
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the request to its first output; None before it."""
+        return self._clock.ttft_s
+
     async def close(self) -> None:
         """Gives back what still runs; a no-op when everything has ended."""
         if self._live:
@@ -103,6 +115,8 @@ class Generation:
     async def _take(self, output: SequenceOutput) -> ChoiceDelta:
         if output.finish is FinishReason.ERROR:
             raise engine_failed(output.error)
+        if output.finish is FinishReason.DEADLINE:
+            raise DeadlineExceeded("the deadline passed before the request had its turn")
         if output.finish is FinishReason.ABORT:
             raise ReplicaLost("it gave the request up")
         self._clock.tokens(output.choice)
@@ -111,6 +125,7 @@ class Generation:
             self._cached[prompt] = output.cached_tokens
         delta = self._as_text(output)
         if delta.finish is not None:
+            self._finishes[delta.choice] = delta.finish
             await self._end(output)
         return delta
 

@@ -52,7 +52,8 @@ class SamplingBody(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    priority: Int = 0
+    priority: Any = None  # this and the next are read by `urgency.read_urgency`
+    deadline_ms: Any = None
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """The engine's parameters.

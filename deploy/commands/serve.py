@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...worker.options import OptionError
+from ...worker.config import QuireOptions
 from .. import options
 from .arguments import CommandError
 
@@ -34,8 +34,29 @@ def run(args: argparse.Namespace) -> int:
     """The exit status of the server."""
     try:
         chosen = options.build(vars(args))
-    except OptionError as error:
+        _check(chosen)
+    except (ValueError, OSError) as error:
         raise CommandError(str(error)) from None
     from ..serving import serve
 
     return serve(chosen)
+
+
+def _check(chosen: QuireOptions) -> None:
+    """Says what cannot work before anything is started.
+
+    Raises:
+        ValueError, OSError: naming the flag or the file at fault.
+    """
+    if chosen.admin.admin_token is not None or chosen.admin.admin_host != "127.0.0.1":
+        from ..admin.guard import check_admin
+
+        check_admin(chosen.admin)
+    if chosen.server.api_key_file is not None:
+        from ..tenants_file import load_tenants
+
+        load_tenants(chosen.server)
+    if chosen.server.otlp_endpoint is not None:
+        from ...worker.tracing import check_tracing
+
+        check_tracing(chosen.server.otlp_endpoint)

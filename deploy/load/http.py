@@ -64,6 +64,14 @@ class Server:
         answer = await self._send("GET", path, b"")
         return await _json(answer)
 
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that a POST of `body` answers.
+
+        Raises:
+            HttpError: as `get` does.
+        """
+        return await _json(await self._send("POST", path, json.dumps(body).encode()))
+
     async def models(self) -> dict[str, dict[str, Any]]:
         """Name -> entry of `/v1/models`, in the server's order; at least one.
 

@@ -46,6 +46,7 @@ def scripted(_script_server: tuple[ServerThread, ScriptRunner], script: ScriptRu
     server = _script_server[0]
     server.client.submitted.restart()
     server.client.aborted.restart()
+    server.client.refuse_with = None
     return server
 
 

@@ -63,6 +63,8 @@ class LoopClient:
         self.table = StreamTable(self._abort, time.monotonic)
         self.clock_ahead_s = 0.0
         self.on_submit: Callable[[], object] = lambda: None
+        self.refuse_with: Exception | None = None
+        self.latest: tuple[GenerateRequest, TableStream] | None = None
         self.submitted = Count()
         self.aborted = Count()
 
@@ -71,7 +73,10 @@ class LoopClient:
         self._engine_loop.subscribe("test", lambda frame: self._loop.call_soon_threadsafe(self._feed, frame))
 
     async def submit(self, request: GenerateRequest) -> TableStream:
+        if self.refuse_with is not None:
+            raise self.refuse_with
         stream = self.table.register(request, self._owner)
+        self.latest = (request, stream)
         try:
             answer = self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(request.to_wire()))
             self.on_submit()

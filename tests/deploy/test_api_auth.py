@@ -1,12 +1,9 @@
 """The key guards everything but /live and /health, whatever form the path or the header takes."""
 
-from pathlib import Path
-
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from quire.deploy.api.auth import ApiKeys, RequireKey, load_keys
-from quire.worker.config import ServerOptions
+from quire.deploy.api.auth import ApiKeys, RequireKey
 
 
 async def ask(keys: tuple[str, ...], path: str, *authorization: bytes, kind: str = "http") -> tuple[Message, str | None]:
@@ -100,23 +97,3 @@ async def test_without_keys_all_is_open_and_nobody_is_a_tenant() -> None:
 async def test_websockets_are_closed() -> None:
     start, tenant = await ask((), "/live", kind="websocket")
     assert (start["type"], tenant) == ("websocket.close", None)
-
-
-def test_keys_come_from_options_and_from_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("one\n\n  two  \n")
-    keys = load_keys(ServerOptions(api_key=("zero",), api_key_file=str(file)))
-    assert len(keys) == 3
-    assert all(keys.tenant(key) for key in (b"zero", b"one", b"two"))
-    assert keys.tenant(b"") is None
-
-
-def test_a_file_without_keys_does_not_open_the_server(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("\n \n")
-    with pytest.raises(ValueError, match="no API key"):
-        load_keys(ServerOptions(api_key_file=str(file)))
-    with pytest.raises(ValueError, match="empty"):
-        load_keys(ServerOptions(api_key=("",)))
-    with pytest.raises(OSError, match="missing"):
-        load_keys(ServerOptions(api_key_file=str(tmp_path / "missing")))

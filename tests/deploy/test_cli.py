@@ -23,7 +23,7 @@ def peer():
         yield running
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["bench"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["bench"], ["env"], ["status"], ["top"], ["restart"], ["log-level"]])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import sys\nfrom quire.deploy import cli\n"

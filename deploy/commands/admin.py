@@ -1,0 +1,100 @@
+"""`quire status`, `quire restart` and `quire log-level`: what operators ask of a running server's admin API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...worker.logs import LEVELS
+from .arguments import CommandError
+
+if TYPE_CHECKING:
+    from ..load.http import Server
+
+DEFAULT_URL = "http://127.0.0.1:8001"
+_TIMEOUT_S = 30.0
+
+
+def add_parsers(commands: Any, token: str | None) -> None:
+    """`token` is the default of --admin-token."""
+    status = _parser(commands, "status", "show controller, replicas, pages and requests of a running server", token, run_status)
+    status.add_argument("--json", action="store_true", help="as JSON")
+    restart = _parser(commands, "restart", "give a replica a new life; its streams go on elsewhere", token, run_restart)
+    restart.add_argument("replica", metavar="REPLICA", help="its id, as `quire status` shows it")
+    level = _parser(commands, "log-level", "change how much a running server logs", token, run_log_level)
+    level.add_argument("level", choices=LEVELS)
+
+
+def add_admin_arguments(parser: argparse.ArgumentParser, token: str | None) -> None:
+    """--admin-url, --admin-token (default `token`)."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--admin-url", default=DEFAULT_URL, metavar="URL", help=f"where the admin API is (default: {DEFAULT_URL})")
+    group.add_argument("--admin-token", default=token, metavar="TOKEN", help="sent as a bearer token (default: $QUIRE_ADMIN_TOKEN)")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Prints the status once."""
+    status = ask(args, "/admin/status")
+    if args.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    from ..screen import glyphs_for, status_lines
+
+    print("\n".join(status_lines(status, glyphs_for(sys.stdout.encoding))))
+    return 0
+
+
+def run_restart(args: argparse.Namespace) -> int:
+    """0 when the new life has begun."""
+    from urllib.parse import quote
+
+    answer = ask(args, f"/admin/replicas/{quote(args.replica, safe='')}/restart", {})
+    print(f"{answer['replica']} is restarting")
+    return 0
+
+
+def run_log_level(args: argparse.Namespace) -> int:
+    """0 when every process has been told."""
+    answer = ask(args, "/admin/log-level", {"level": args.level})
+    print(f"log level is {answer['level']}")
+    return 0
+
+
+def ask(args: argparse.Namespace, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON that the admin API answers; a POST when there is a `body`.
+
+    Raises:
+        CommandError: there is none, or it refuses.
+    """
+    import asyncio
+
+    from ..load.http import HttpError, Server
+
+    try:
+        server = Server(args.admin_url, args.admin_token or None, _TIMEOUT_S)
+        answer = asyncio.run(_answer(server, path, body))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except HttpError as error:
+        hint = {
+            "connect": " (is `quire serve` running? --admin-url says where its admin API is)",
+            "HTTP 401": " (--admin-token or $QUIRE_ADMIN_TOKEN)",
+        }
+        raise CommandError(f"{error}{hint.get(error.kind, '')}") from None
+    if not isinstance(answer, dict):
+        raise CommandError(f"{args.admin_url} is no admin API of Quire")
+    return answer
+
+
+async def _answer(server: Server, path: str, body: dict[str, Any] | None) -> Any:
+    return await (server.get(path) if body is None else server.post(path, body))
+
+
+def _parser(commands: Any, name: str, what: str, token: str | None, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    add_admin_arguments(parser, token)
+    parser.set_defaults(run=run)
+    return parser

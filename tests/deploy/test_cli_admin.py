@@ -1,0 +1,124 @@
+"""`quire status`, `top`, `restart` and `log-level` against a live admin API."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from admin_peer import STATUS, FakePort, running_admin
+
+from quire.deploy import cli
+from quire.deploy.admin.server import RunningAdmin
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+Admin = tuple[FakePort, RunningAdmin]
+
+
+@pytest.fixture(scope="module")
+def _running() -> Iterator[Admin]:
+    with running_admin("sesame") as running:
+        yield running
+
+
+@pytest.fixture
+def admin(_running: Admin, monkeypatch: pytest.MonkeyPatch) -> Admin:
+    monkeypatch.setenv("QUIRE_ADMIN_TOKEN", "sesame")
+    _running[0].calls.clear()
+    return _running
+
+
+def run(admin: Admin, *argv: str) -> int:
+    return cli.main([argv[0], "--admin-url", admin[1].url, *argv[1:]])
+
+
+def test_status_as_json_is_what_the_api_says(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "status", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == STATUS.as_json()
+
+
+def test_status_for_people(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "status") == 0
+    out = capsys.readouterr().out
+    assert "controller  pid 100" in out
+    assert "cmpl-2   -          batch   queued" in out
+
+
+def test_restart_and_log_level(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "restart", "replica-0") == 0
+    assert run(admin, "log-level", "warning") == 0
+    assert admin[0].calls == [("restart", "replica-0"), ("log-level", "warning")]
+    assert capsys.readouterr().out == "replica-0 is restarting\nlog level is warning\n"
+
+
+def test_an_unknown_replica(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "restart", "replica/../9") == 2
+    assert "there is no" in capsys.readouterr().err
+    assert run(admin, "restart", "replica-9") == 2
+    assert "there is no replica 'replica-9'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["status"], ["top", "--once"], ["restart", "replica-0"], ["log-level", "info"]])
+def test_no_server_and_a_wrong_token_are_said_plainly(admin: Admin, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--admin-url", "http://127.0.0.1:1"]) == 2
+    assert "no server answers at http://127.0.0.1:1" in (error := capsys.readouterr().err)
+    assert "--admin-url" in error
+    assert cli.main([*command, "--admin-url", admin[1].url, "--admin-token", "wrong"]) == 2
+    assert "HTTP 401: a valid admin token is needed (--admin-token" in capsys.readouterr().err
+
+
+def test_top_prints_one_frame_into_a_pipe(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "top", "--once") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "2 requests   3 queued" in out
+    assert "█" * 12 + "▓" * 4 + "▒" * 16 + "·" * 32 in out
+
+
+def command(admin: Admin) -> list[str]:
+    return [sys.executable, "-m", "quire.deploy.cli", "top", "--interval-s", "0.05", "--admin-url", admin[1].url]
+
+
+def test_top_goes_on_into_a_pipe_until_nobody_reads(admin: Admin) -> None:
+    with subprocess.Popen(command(admin), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as top:
+        assert top.stdout is not None
+        heads = 0
+        while heads < 3:
+            heads += top.stdout.readline().startswith("2 requests")
+        top.stdout.close()
+        assert top.wait(60) == 141
+        assert top.stderr is not None
+        assert top.stderr.read() == ""
+
+
+@pytest.mark.parametrize("leave", ["q", "ctrl-c"])
+def test_top_in_a_terminal_leaves_it_as_it_was(admin: Admin, leave: str) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top:
+        os.close(theirs)
+        seen, deadline_s = b"", time.monotonic() + 60
+        while seen.count(b"\x1b[H") < 2:
+            assert time.monotonic() < deadline_s, seen
+            seen += os.read(ours, 65536) if select.select([ours], [], [], 1)[0] else b""
+        if leave == "q":
+            os.write(ours, b"q")
+        else:
+            top.send_signal(signal.SIGINT)
+        while top.poll() is None or select.select([ours], [], [], 0)[0]:
+            assert time.monotonic() < deadline_s, seen
+            try:
+                seen += os.read(ours, 65536) if select.select([ours], [], [], 0.1)[0] else b""
+            except OSError:  # the other end is closed
+                break
+        assert top.wait(60) == 0
+    os.close(ours)
+    assert seen.startswith(b"\x1b[?1049h\x1b[?25l")
+    assert seen.endswith(b"\x1b[?25h\x1b[?1049l")
+    assert b"Traceback" not in seen
