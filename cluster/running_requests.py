@@ -113,6 +113,8 @@ class RunningRequests:
             self._end(frame, request_id, output_tokens)
         for live in frame.started:
             self._start(frame, life, live)
+        if frame.dump:
+            self._recount(life, frame.started)
         return served
 
     def lost(self, replica_id: str, epoch: int) -> None:
@@ -158,7 +160,6 @@ class RunningRequests:
         if known is None:
             route, tenant = Route(frame.replica_id, frame.epoch), self._tenant(live.tenant)
             self._enter(live.request_id, _Request(live.tenant, -1, route, tenant.pages_for(live.prompt_tokens, live.sequences)))
-            self._grow(life, live.tenant, live.output_tokens)
         elif known.route == (frame.replica_id, frame.epoch):
             self._unstarted.pop(live.request_id, None)
 
@@ -172,6 +173,15 @@ class RunningRequests:
         named = {live.request_id for live in frame.started}
         for request_id in [r for r in life.requests if r not in named and r not in self._unstarted]:
             self.release(request_id)
+
+    def _recount(self, life: _Life, lives: tuple[LiveRequest, ...]) -> None:
+        """A dump says exactly what the running requests have generated."""
+        outputs = dict.fromkeys(life.running, 0)
+        for live in lives:
+            if live.tenant in outputs:
+                outputs[live.tenant] += live.output_tokens
+        for tenant, tokens in outputs.items():
+            self._grow(life, tenant, tokens - life.outputs.get(tenant, 0))
 
     def _newly_served(self, life: _Life, served: dict[str, int]) -> dict[str, int]:
         # A count that is smaller than before has started again: the replica had forgotten the tenant.
