@@ -48,6 +48,8 @@ class Door:
         _is_integer("attempt", request.attempt, 0, 2**31 - 1)
         if request.seed is not None:
             _is_integer("seed", request.seed, 0, 2**64 - 1)
+        if request.deadline_ms is not None:
+            _is_integer("deadline_ms", request.deadline_ms, 0, 2**31 - 1)
         params = self._check_params(request.params)
         prompts = self._check_prompts(request.prompts, params)
         choices = len(prompts) * params.n
@@ -55,7 +57,7 @@ class Door:
         if choices > most:
             what = f"{len(prompts)} prompts x n = {params.n} make {choices} sequences"
             raise BadRequest("n", f"{what}; at most {most} are allowed in one request")
-        return replace(request, prompts=prompts, params=params)
+        return replace(request, prompts=prompts, params=params, resume=self._check_resume(request.resume, prompts, params))
 
     def longest(self, prompt_len: int) -> int:
         """Output tokens that a prompt of `prompt_len` tokens leaves room for."""
@@ -82,6 +84,21 @@ class Door:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise BadRequest("prompt", f"token id {_shown(token)} is not an integer in [0, {self.vocab_size - 1}]")
         return tuple(prompt)
+
+    def _check_resume(self, resume: Any, prompts: tuple[tuple[int, ...], ...], params: SamplingParams) -> dict[int, tuple[int, ...]] | None:
+        if resume is None:
+            return None
+        if not isinstance(resume, dict) or not resume:
+            raise BadRequest("resume", "must be a map from at least one choice to its output tokens")
+        return {choice: self._check_output(choice, output, prompts, params) for choice, output in resume.items()}
+
+    def _check_output(self, choice: Any, output: Any, prompts: tuple[tuple[int, ...], ...], params: SamplingParams) -> tuple[int, ...]:
+        _is_integer("resume", choice, 0, len(prompts) * params.n - 1)
+        most = self.longest(len(prompts[choice // params.n])) if params.max_tokens is None else params.max_tokens
+        tokens = _bounded("resume", output, most - 1)
+        for token in tokens:
+            _is_integer("resume", token, 0, self.vocab_size - 1)
+        return tokens
 
     def _check_params(self, params: SamplingParams) -> SamplingParams:
         limits = self.limits

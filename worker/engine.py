@@ -5,16 +5,17 @@ plan = scheduler.plan();  result = runner.run(plan);  outputs = scheduler.apply(
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .config import EngineOptions
 from .door import Door
-from .events import Speeds
+from .events import Changes, Speeds
 from .page_pool import PagePool
-from .plan import StepPlan, StepResult
+from .plan import MemoryBytes, StepPlan, StepResult
 from .protocol import (
     BadRequest,
     EngineStats,
@@ -29,6 +30,11 @@ from .protocol import (
 from .scheduler import Scheduler
 from .sequence import Request, Sequence, sequence_seed
 
+if TYPE_CHECKING:
+    from .parallel import RankGroup
+
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 
 
@@ -36,6 +42,11 @@ class Runner(Protocol):
     """Whatever computes a plan: the model runner, or in tests something quicker."""
 
     def run(self, plan: StepPlan) -> StepResult: ...
+
+    def reset(self) -> None:
+        """Forget every sequence after a `run` that raised. Raises when there is no way back."""
+
+    def memory_bytes(self) -> MemoryBytes: ...
 
 
 @dataclass(slots=True)
@@ -63,9 +74,19 @@ class Engine:
         info: what front ends are told of the model.
         max_waiting: sequences that may wait.
         seed: where the seeds of requests without one come from.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, door: Door, info: ModelInfo, max_waiting: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        door: Door,
+        info: ModelInfo,
+        max_waiting: int,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.door = door
@@ -75,26 +96,42 @@ class Engine:
         self._arrivals = 0
         self._sequences = 0
         self._step_s = 0.0
-        self._rate = _Rate(since_s=time.monotonic())
+        self._clock = clock
+        self._rate = _Rate(since_s=clock())
         self._speeds = Speeds()
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:
         """Check a request and queue all its sequences; the request in canonical form.
 
+        A sequence that is resumed arrives like one that comes back from a preemption: with output tokens of its own, whose keys and
+        values, as far as no page is found that holds them, are computed again. They count as recomputed, not as prompt or output.
+
         Raises:
-            BadRequest: it is malformed, too large, or its id is in use.
+            BadRequest: it is malformed, too large, its id is in use, or a sequence that it resumes has ended.
             Overloaded: the queue is full.
         """
         request = self.door.check(request)
         if self.scheduler.has_request(request.request_id):
             raise BadRequest("request_id", f"{request.request_id!r} is in use")
-        if len(request.prompts) * request.params.n > self.room():
+        if len(request.choices) > self.room():
             waiting = self.scheduler.num_waiting
             raise Overloaded(f"the queue is full: {waiting} sequences wait, at most {self._max_waiting} may", self._retry_after_s())
         self._arrivals += 1
         sequences = {s.choice: s for s in self._sequences_of(request)}
-        prompt_tokens = sum(map(len, request.prompts))
-        self.scheduler.add(Request(request.request_id, request.tenant, request.priority, prompt_tokens, sequences))
+        for s in sequences.values():
+            if s.resumed and self.scheduler.finish_of(s)[0] is not None:
+                raise BadRequest("resume", f"the output of choice {s.choice} has ended already")
+        self.scheduler.add(
+            Request(
+                request.request_id,
+                request.tenant,
+                request.priority,
+                sum(map(len, request.prompts)),
+                sequences,
+                self._deadline_s(request),
+                resumed_tokens=sum(s.resumed for s in sequences.values()),
+            )
+        )
         return request
 
     def room(self) -> int:
@@ -106,16 +143,38 @@ class Engine:
         return self.scheduler.abort(request_id, choice)
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one step; what each sequence gained. Nothing to do gives an empty list."""
+        """Compute one step; what each sequence gained. Nothing to do gives an empty list.
+
+        A runner that raises does not end the engine: its sequences are computed one at a time until the one to blame is found, which
+        ends alone with `FinishReason.ERROR` (`Isolation`).
+
+        Raises:
+            Exception: the runner's own, once it is clear that no sequence is to blame, or when the runner cannot start over.
+        """
+        started_s = self._clock()
+        outputs = self.scheduler.expire(started_s)
         plan = self.scheduler.plan()
         if plan is None:
-            return []
-        started_s = time.monotonic()
-        outputs = self.scheduler.apply(self.runner.run(plan))
-        now_s = time.monotonic()
+            return outputs
+        try:
+            result = self.runner.run(plan)
+        except Exception as error:  # noqa: BLE001  whatever a sequence may provoke; the engine's own fault is raised again
+            return outputs + self._contain(error)
+        outputs += self.scheduler.apply(result)
+        now_s = self._clock()
         self._step_s += now_s - started_s
         self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
+        return outputs
+
+    def _contain(self, error: Exception) -> list[SequenceOutput]:
+        log.warning("a step raised; looking for the request that makes it", exc_info=error)
+        self.runner.reset()
+        outputs = self.scheduler.fail(f"the model could not compute it: {error!r}")
+        if self.scheduler.isolation.hopeless:
+            raise error
+        for output in outputs:
+            log.error("request %s, choice %d, makes a step raise and was ended: %r", output.request_id, output.choice, error)
         return outputs
 
     def idle(self) -> bool:
@@ -175,60 +234,80 @@ class Engine:
         pool = self.scheduler.pool
         changes, live = pool.events.since(after), self.scheduler.live()
         served = pool.events.served(None if changes is None else after, self.scheduler.served_tokens())
+        dump = changes is None
         if changes is None:
-            shown = (0, pool.events.next, True, pool.findable(), (), tuple(live), ())
-        else:
-            started = set(changes.started)
-            news = tuple(r for r in live if r.request_id in started)
-            shown = (after or 0, pool.events.next, False, changes.stored, changes.removed, news, changes.ended)
-        return EventFrame(replica_id, epoch, *shown, served, self.load())
+            changes = Changes(pool.findable(), (), tuple(r.request_id for r in live), ())
+        started = set(changes.started)
+        return EventFrame(
+            replica_id,
+            epoch,
+            after or 0,
+            pool.events.next,
+            dump,
+            changes.stored,
+            changes.removed,
+            tuple(r for r in live if r.request_id in started),
+            changes.ended,
+            served,
+            self.load(),
+        )
 
     def _retry_after_s(self) -> float:
         """How long the sequences that wait will take to get a place, at the measured rate; between 1 and 60 seconds."""
         return min(max(self.scheduler.num_waiting / self._rate.per_s, 1.0), 60.0) if self._rate.per_s else 1.0
 
+    def _deadline_s(self, request: GenerateRequest) -> float | None:
+        if request.deadline_ms is None:
+            return None
+        resume = request.resume or {}
+        if any(resume.values()) or (resume and len(resume) < len(request.prompts) * request.params.n):
+            return None  # it has had its turn, elsewhere
+        return self._clock() + request.deadline_ms / 1000
+
     def _sequences_of(self, request: GenerateRequest) -> list[Sequence]:
         params, sequences = request.params, []
         root = self.scheduler.pool.root(request.tenant)
         source = sequence_seed(self._seed, self._arrivals) if request.seed is None else request.seed
-        for i, prompt in enumerate(request.prompts):
-            seed = sequence_seed(source, i + 1) if params.seed is None else params.seed
-            leader = None
-            for k in range(params.n):
-                choice = i * params.n + k
-                s = Sequence(
-                    seq=self._sequences,
-                    request_id=request.request_id,
-                    choice=choice,
-                    tokens=list(prompt),
-                    prompt_len=len(prompt),
-                    params=params,
-                    max_tokens=self.door.longest(len(prompt)) if params.max_tokens is None else params.max_tokens,
-                    seed=sequence_seed(seed, k),
-                    root=root,
-                    order=(request.priority, self._arrivals, choice),
-                    leader=leader,
-                )
-                leader = leader or s
-                self._sequences += 1
-                sequences.append(s)
+        leaders: dict[int, Sequence] = {}  # by prompt
+        for choice in request.choices:
+            i, k = divmod(choice, params.n)
+            prompt = request.prompts[i]
+            output = request.resume[choice] if request.resume is not None else ()
+            s = Sequence(
+                seq=self._sequences,
+                request_id=request.request_id,
+                choice=choice,
+                tokens=[*prompt, *output],
+                prompt_len=len(prompt),
+                params=params,
+                max_tokens=self.door.longest(len(prompt)) if params.max_tokens is None else params.max_tokens,
+                seed=sequence_seed(sequence_seed(source, i + 1) if params.seed is None else params.seed, k),
+                root=root,
+                order=(request.priority, self._arrivals, choice),
+                resumed=len(output),
+                leader=leaders.get(i),
+            )
+            leaders.setdefault(i, s)
+            self._sequences += 1
+            sequences.append(s)
         return sequences
 
 
-def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | None = None) -> Engine:
+def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | None = None, group: RankGroup | None = None) -> Engine:
     """Load the model and make an engine around it.
 
     Args:
         options: what to serve, and with how much.
         hash_key: secret of the page hashes, at most 64 bytes; the same in the whole cluster.
         progress: called with (done, total) while weights load.
+        group: the ranks that share the model, of which this is the leader; None for `tp=1`.
 
     Raises:
         ValueError: an option or the model is not supported; names it.
     """
-    from .runner import build_runner  # here, so that the deciding half can be used and tested without torch
+    from .build import build_runner  # here, so that the deciding half can be used and tested without torch
 
-    runner, sizes = build_runner(options, progress)
+    runner, sizes = build_runner(options, progress, group)
     scheduler_options = options.scheduler
     page_size = options.cache.page_size
     pool = PagePool(sizes.pages, page_size, hash_key, options.cache.prefix_cache)

@@ -103,7 +103,7 @@ def test_the_requests_of_a_lost_ingress_are_aborted(loop):
     other.until_finished("a")
 
 
-def test_a_step_that_raises_is_a_death_that_everybody_hears_of():
+def test_when_every_step_raises_everybody_hears_of_the_death():
     engine = hash_engine()
     died = threading.Event()
     loop = EngineLoop(engine, "r0", 1, on_death=lambda error: died.set())
@@ -114,9 +114,14 @@ def test_a_step_that_raises_is_a_death_that_everybody_hears_of():
     engine.runner.run = fail
     loop.start()
     loop.subscribe("i", Ingress().deliver)
-    loop.submit("i", request("a"))
+    news = loop.events(0, wait=True)
+    answers = [loop.submit_nowait("i", request(name)) for name in "abc"]  # the third that raises alone: nobody's fault but its own
     assert died.wait(WAIT_S)
     assert isinstance(loop.dead, MemoryError)
+    assert answers[0].exception(WAIT_S) is None
+    assert news.result(WAIT_S).started  # told of the first request, before the end
     with pytest.raises(ReplicaLost):
-        loop.submit("i", request("b"))
+        loop.submit("i", request("d"))
+    with pytest.raises(ReplicaLost):
+        loop.events(0, wait=True).result(WAIT_S)
     loop.stop(WAIT_S)

@@ -1,0 +1,214 @@
+"""The sequences that live: in which list each is, what it holds, and how it ends. Pure.
+
+add -> waiting <-> running -> ended            add -> following (its leader's prompt) -> waiting
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from .page_pool import PagePool
+from .pressure import Action
+from .protocol import FinishReason, LiveRequest, SequenceOutput
+from .sequence import Request, Sequence, State
+
+_ORDER = attrgetter("order")
+_NEVER_S = float("inf")
+_TOO_LATE = "deadline_ms passed while the request waited for its turn; nothing of it was computed"
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the scheduler has done so far; they only grow."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: dict[str, int] = field(default_factory=lambda: {action.value: 0 for action in Action})
+
+
+class Roster:
+    """What the scheduler keeps books of; it alone decides who comes and goes.
+
+    Args:
+        pool: the pages that sequences hold.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.counters = Counters()
+        self.running: list[Sequence] = []  # in scheduling order
+        self.waiting: list[Sequence] = []  # in scheduling order
+        self._sequences: dict[int, Sequence] = {}
+        self._requests: dict[str, Request] = {}
+        self._expiring: dict[str, float] = {}  # request of which nothing has started -> its deadline
+        self._next_deadline_s = _NEVER_S  # none of them is earlier
+        self._forget: list[int] = []  # what the runner knows and need no longer
+        self._planned: dict[Sequence, tuple[int, int]] = {}  # sequence -> (start, count) of the step being planned or run
+        self._copies: dict[Sequence, tuple[int, int]] = {}  # sequence -> (source, destination) of the same step
+
+    # --- what comes and goes ---
+
+    def add(self, request: Request) -> None:
+        """Queue the sequences of a request. Those with a leader follow it until its prompt is computed."""
+        self._requests[request.request_id] = request
+        if request.deadline_s is not None:
+            self._expiring[request.request_id] = request.deadline_s
+            self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
+        self.pool.events.started(request.request_id, request.tenant)
+        for s in request.sequences.values():
+            self._sequences[s.seq] = s
+            if s.resumed:
+                s.cached_tokens = 0  # its client has heard of them
+                s.recompute_until = len(s.tokens) - 1
+            else:
+                self.counters.prompt_tokens += s.prompt_len
+            if s.leader is None:
+                insort(self.waiting, s, key=_ORDER)
+            else:
+                s.state = State.FOLLOWING
+                s.leader.followers.append(s)
+
+    def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
+        """End a request (or one choice of it); its terminal outputs. Unknown or ended ones give none."""
+        request = self._requests.get(request_id)
+        live = request.sequences if request else {}
+        doomed = list(live.values()) if choice is None else [live[choice]] if choice in live else []
+        return [self._end(s, FinishReason.ABORT) for s in doomed]
+
+    def expire(self, now_s: float) -> list[SequenceOutput]:
+        """End the requests whose deadline has passed before any of their sequences started; their terminal outputs."""
+        if now_s < self._next_deadline_s:
+            return []
+        late = [self._requests[request_id] for request_id, deadline_s in self._expiring.items() if deadline_s <= now_s]
+        outputs = [self._end(s, FinishReason.DEADLINE, _TOO_LATE) for r in late for s in list(r.sequences.values())]
+        self._next_deadline_s = min(self._expiring.values(), default=_NEVER_S)
+        return outputs
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether any sequence of the request is alive."""
+        return request_id in self._requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no place in a step yet, followers included."""
+        return len(self._sequences) - len(self.running)
+
+    def idle(self) -> bool:
+        """No sequence is alive."""
+        return not self._sequences
+
+    def _end(self, s: Sequence, reason: FinishReason, error: str | None = None) -> SequenceOutput:
+        self._leave(s)
+        s.state = State.FINISHED
+        del self._sequences[s.seq]
+        request = self._requests[s.request_id]
+        del request.sequences[s.choice]
+        request.ended_tokens += s.num_output
+        if not request.sequences:
+            del self._requests[s.request_id]
+            self._expiring.pop(s.request_id, None)
+            total = request.ended_tokens
+            self.pool.events.ended(s.request_id, request.tenant, total, total - request.resumed_tokens)
+        self._release_followers(s)
+        return SequenceOutput(s.request_id, s.choice, s.num_output, (), reason, error=error)
+
+    def _start(self, s: Sequence, pages: list[int], hashes: list[bytes], computed: int) -> None:
+        """`s` runs from now on, from `pages` that hold its first `computed` tokens."""
+        self.pool.retain(pages)
+        self.waiting.remove(s)
+        insort(self.running, s, key=_ORDER)
+        s.state = State.RUNNING
+        s.pages, s.hashes, s.num_computed = list(pages), list(hashes), computed
+        self._expiring.pop(s.request_id, None)
+        if s.cached_tokens is None:
+            s.cached_tokens = computed
+            self.counters.prefix_query_tokens += s.prompt_len
+            self.counters.prefix_hit_tokens += computed
+
+    def _preempt(self, s: Sequence, action: Action) -> None:
+        self.counters.preemptions[action.value] += 1
+        self._leave(s)
+        s.recompute_until = max(s.recompute_until, s.num_computed)
+        s.num_computed = 0
+        s.state = State.WAITING
+        insort(self.waiting, s, key=_ORDER)
+        self._release_followers(s)
+
+    def _leave(self, s: Sequence) -> None:
+        """Take `s` out of the list it is in, and give back what it holds."""
+        if s.state is State.FOLLOWING and s.leader is not None:
+            s.leader.followers.remove(s)
+        else:
+            (self.running if s.state is State.RUNNING else self.waiting).remove(s)
+        if s.pages:
+            self.pool.release(s.pages)
+            s.pages.clear()
+            s.hashes.clear()
+        if s.known_pages:
+            self._forget.append(s.seq)
+            s.known_pages = 0
+        self._planned.pop(s, None)
+        self._copies.pop(s, None)
+
+    def _release_followers(self, s: Sequence) -> None:
+        for follower in s.followers:
+            follower.state = State.WAITING
+            insort(self.waiting, follower, key=_ORDER)
+        s.followers.clear()
+
+    # --- what there is ---
+
+    def live(self) -> list[LiveRequest]:
+        """The requests that live, in the order of arrival."""
+        return [
+            LiveRequest(
+                r.request_id,
+                r.tenant,
+                r.priority,
+                "running" if any(s.state is State.RUNNING for s in r.sequences.values()) else "waiting",
+                len(r.sequences),
+                r.prompt_tokens,
+                r.output_tokens,
+                sum(len(s.pages) for s in r.sequences.values()),
+            )
+            for r in self._requests.values()
+        ]
+
+    def served_tokens(self) -> dict[str, int]:
+        """Output tokens that the requests that live have got here, by tenant."""
+        served: dict[str, int] = {}
+        for r in self._requests.values():
+            served[r.tenant] = served.get(r.tenant, 0) + r.output_tokens - r.resumed_tokens
+        return served
+
+    def pending_tokens(self) -> int:
+        """Tokens to compute before every sequence is one token from its next output; those of followers are their leaders'."""
+        to_go = (len(s.tokens) - s.num_computed for some in (self.running, self.waiting) for s in some)
+        return sum(count for count in to_go if count > 1)
+
+    # --- the books ---
+
+    def check(self) -> None:
+        """Count every page and every sequence.
+
+        Raises:
+            PoolCorrupt: pages do not add up.
+            RuntimeError: a sequence is in the wrong list, or a list out of order.
+        """
+        self.pool.check(s.pages for s in self._sequences.values())
+        for sequences, state in ((self.running, State.RUNNING), (self.waiting, State.WAITING)):
+            if any(s.state is not state for s in sequences):
+                raise RuntimeError(f"a sequence that is not {state.name} is listed as such")
+            if [s.order for s in sequences] != sorted(s.order for s in sequences):
+                raise RuntimeError(f"the {state.name} list is out of order")
+        following = sum(s.state is State.FOLLOWING for s in self._sequences.values())
+        if len(self.running) + len(self.waiting) + following != len(self._sequences):
+            raise RuntimeError("a sequence is in no list, or in two")
+        if any(s.pages for s in self.waiting):
+            raise RuntimeError("a waiting sequence holds pages")
