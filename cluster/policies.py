@@ -74,8 +74,11 @@ def longest_sequence(info: ModelInfo) -> int:
     return min(info.max_model_len, info.pool_tokens)
 
 
-def has_seats(replica: ReplicaSnapshot, demand: Demand) -> bool:
-    """Whether the replica could start all sequences soon, as far as seats and the work ahead go."""
+def has_seats(replica: ReplicaSnapshot, demand: Demand, slack_tokens: int = 0) -> bool:
+    """Whether the replica could start all sequences soon, as far as seats and the work ahead go.
+
+    `slack_tokens` more may be ahead: those that the request saves there.
+    """
     load, sent, info = replica.load, replica.sent, replica.info
     line = load.waiting + sent.sequences
     held = load.running + line
@@ -84,7 +87,7 @@ def has_seats(replica: ReplicaSnapshot, demand: Demand) -> bool:
     if held + demand.sequences > info.max_sequences:
         return False
     ahead_tokens = load.pending_tokens + sent.tokens
-    if ahead_tokens > max(LOOKAHEAD_TOKENS, LOOKAHEAD_S * _speed(replica, demand)):
+    if ahead_tokens > max(LOOKAHEAD_TOKENS, LOOKAHEAD_S * _speed(replica, demand)) + slack_tokens:
         return False
     # A few more than run, so that a seat that becomes free is taken in the next step. What finds nobody before it may be larger.
     return line == 0 or held + demand.sequences <= info.max_running + max(1, info.max_running // 16)
@@ -151,8 +154,17 @@ def _speed(replica: ReplicaSnapshot, demand: Demand) -> float:
 
 # --- policies ---
 
-# (candidates, never empty; the request; 64 random bits) -> the one that gets it
-Policy = Callable[[Sequence[Candidate], Demand, int], Candidate]
+
+class Policy(NamedTuple):
+    """How the one that gets the request is chosen.
+
+    Attributes:
+        choose: (candidates, never empty; the request; 64 random bits) -> one of them.
+        waits: a replica that has pages of the prompt is a candidate even when more is ahead there, as much as those pages save.
+    """
+
+    choose: Callable[[Sequence[Candidate], Demand, int], Candidate]
+    waits: bool = False
 
 
 def round_robin(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
@@ -178,10 +190,10 @@ def cost(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidat
 
 
 POLICIES: dict[str, Policy] = {
-    "cost": cost,
-    "least_loaded": least_loaded,
-    "power_of_two": power_of_two,
-    "round_robin": round_robin,
+    "cost": Policy(cost, waits=True),
+    "least_loaded": Policy(least_loaded),
+    "power_of_two": Policy(power_of_two),
+    "round_robin": Policy(round_robin),
 }
 
 

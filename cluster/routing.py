@@ -136,18 +136,24 @@ class Router:
         if not candidates:
             return None
         self._choices += 1
-        chosen = self._policy(candidates, demand, _draw(self._seed, self._choices))
+        chosen = self._policy.choose(candidates, demand, _draw(self._seed, self._choices))
         return self._send(request, chosen, demand, now_s)
 
     def _open(self, replicas: list[ReplicaSnapshot], request: AdmitRequest, demand: Demand) -> list[Candidate]:
-        """Those of `replicas` that have room; if none has, those where it may displace others."""
+        """Those of `replicas` that have room, and for some policies those worth waiting for; if none has, where it may displace."""
         seated = [replica for replica in replicas if has_seats(replica, demand)]
         urgent = [replica for replica in replicas if may_displace(replica, demand)]
         if not seated and not urgent:
             return []  # before the prompt's pages are looked up: a full cluster is asked often
         held = self._index.longest_prefix(request.hashes)
         with_room = [candidate for candidate in _candidates(seated, held) if has_pages(candidate, demand)]
-        return with_room or _candidates(urgent, held)
+        if not with_room:
+            return _candidates(urgent, held)
+        if self._policy.waits:
+            found = {candidate.replica.replica_id for candidate in with_room}
+            others = _candidates((r for r in replicas if r.replica_id in held and r.replica_id not in found), held)
+            with_room += [c for c in others if has_seats(c.replica, demand, c.cached_tokens) and has_pages(c, demand)]
+        return with_room
 
     def _send(self, request: AdmitRequest, chosen: Candidate, demand: Demand, now_s: float) -> Choice:
         replica = chosen.replica

@@ -87,6 +87,12 @@ def test_seats(state: dict, sequences: int, room: bool):
     assert has_seats(replica(**state), DEMAND._replace(sequences=sequences)) is room
 
 
+def test_what_is_cached_may_be_waited_for():
+    busy = replica(running=1, pending_tokens=LOOKAHEAD_TOKENS + 40)
+    assert has_seats(busy, DEMAND, slack_tokens=40)
+    assert not has_seats(busy, DEMAND, slack_tokens=39)
+
+
 @pytest.mark.parametrize(
     ("state", "cached", "missing"),
     [

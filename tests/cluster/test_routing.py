@@ -205,6 +205,23 @@ def test_a_session_stays_where_its_pages_are_until_that_is_slower():
     assert r.choose(request("b", hashes=(A, B, C, D)), 0.0).replica_id == "r0"
 
 
+@pytest.mark.parametrize(("policy", "replica_id"), [("cost", "r1"), ("least_loaded", "r0"), ("round_robin", "r0"), ("power_of_two", "r0")])
+def test_a_longer_line_is_worth_it_where_many_pages_are(policy: str, replica_id: str):
+    r = router("r0", "r1", policy=policy)
+    pages = [i.to_bytes(16, "big") for i in range(90)]
+    busy = IDLE._replace(pending_tokens=600, running=2, pages_active=30, pages_cached=70, pages_free=0)
+    r.events(frame("r1", 0, 90, stored=tuple(pages), load=busy), 0.0)
+    assert r.choose(request("a", tokens=910, hashes=pages), 0.0).replica_id == replica_id
+
+
+def test_nobody_waits_in_a_replica_while_no_other_has_room():
+    r = router("r0", "r1")
+    busy = IDLE._replace(pending_tokens=600, running=1)
+    r.events(frame("r0", 0, 1, load=busy), 0.0)
+    r.events(frame("r1", 0, 90, stored=(A, B, C, D), load=busy), 0.0)
+    assert r.choose(request("a", hashes=(A, B, C, D)), 0.0) is None
+
+
 def test_a_replica_to_avoid_is_taken_only_when_there_is_no_other():
     r = router("r0", "r1")
     assert r.choose(request("a", avoid=("r0",)), 0.0).replica_id == "r1"
