@@ -6,6 +6,8 @@ has written may hold anything, NaN included: it is masked out of the scores and 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -207,3 +209,44 @@ def merge_states(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Te
     weights = [torch.where(empty, 0.0, torch.exp(side - lse)).unsqueeze(-1) for side in (lse_a, lse_b)]
     of_a, of_b = (torch.where(weight > 0, weight * state, 0.0) for weight, state in zip(weights, (a, b), strict=True))
     return of_a + of_b, lse
+
+
+def gumbel(keys: Tensor, vocab: int) -> Tensor:
+    """Noise of every token id below `vocab`, float64 [S, V], for the key words int32 [S, 2] (their bits are unsigned).
+
+    h(t) = tail((mix(t + 0x9E3779B9) ^ k0) * k1) modulo 2**32, u = clamp(float32(h), 0.5, 2**32 - 2**8) / 2**32, -log(-log1p(-u)). Here
+    mix(x) is lowbias32 (Wellons) and tail(x) its last three steps: x ^= x >> 15, x *= 0x846CA68B, x ^= x >> 16.
+    """
+    words = keys.long() & 0xFFFFFFFF
+    h = (torch.arange(vocab, device=keys.device) + 0x9E3779B9) & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = _tail(h)
+    h = _tail(((h ^ words[:, :1]) * words[:, 1:]) & 0xFFFFFFFF)
+    u = h.float().clamp(0.5, 4294967040.0).double() * 2.0**-32
+    return -torch.log(-torch.log1p(-u))
+
+
+def _tail(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def kept_tokens(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Which tokens of one row the filters leave, bool [V], by a full sort.
+
+    Args:
+        scores: [V], (logit - highest) / temperature.
+        top_k: the highest scores that stay, and those equal to the last of them; 0 keeps all.
+        top_p: then the smallest set of highest scores with this share of the mass that is left.
+        min_p: before both: scores of at least so many times the highest probability.
+    """
+    kept = scores >= math.log(min_p) if min_p > 0 else torch.ones_like(scores, dtype=torch.bool)
+    if top_k > 0:
+        left = scores[kept].sort(descending=True).values
+        kept &= scores >= left[min(top_k, len(left)) - 1]
+    if top_p < 1:
+        left = scores[kept].sort(descending=True).values
+        mass = left.double().exp().cumsum(0)
+        place = int(torch.searchsorted(mass, top_p * mass[-1]))
+        kept &= scores >= left[min(place, len(left) - 1)]
+    return kept

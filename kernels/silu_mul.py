@@ -24,14 +24,14 @@ class SiluLaunch:
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride, I: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, stride, INNER: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < I
+    there = column < INNER
     gate = tl.load(gate_up + row * stride + column, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + I + column, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + INNER + column, mask=there, other=0.0).to(tl.float32)
     result = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * I + column, result.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * INNER + column, result.to(out.dtype.element_ty), mask=there)
 
 
 def silu_rule(shape: Shape, on: Chip) -> SiluLaunch:
@@ -56,6 +56,6 @@ def silu_mul(gate_up: Tensor, launch: SiluLaunch | None = None) -> Tensor:
         shape = Shape("silu_mul", dtype_name(gate_up.dtype), inner, bucket=bucket_of(rows))
         launch = launch_of(SiluLaunch, silu_rule, shape, chip(gate_up.device))
     _silu_mul_kernel[(rows, triton.cdiv(inner, launch.elements))](
-        gate_up, out, gate_up.stride(0), I=inner, BLOCK=launch.elements, num_warps=launch.num_warps
+        gate_up, out, gate_up.stride(0), INNER=inner, BLOCK=launch.elements, num_warps=launch.num_warps
     )
     return out

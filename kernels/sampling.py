@@ -1,0 +1,273 @@
+"""From logits to tokens on the device, a whole batch in two launches and without a word to the host.
+
+    1. edit    every program takes a stretch of one row: logit bias, repetition, presence and frequency penalties on the few cells that
+               have them, then, in one pass, the highest logit and the draw over all tokens:
+                   argmax of logit / temperature + noise            (the Gumbel-max trick)
+    2. choose  a program a row weighs the stretches. A row with top_k, top_p or min_p searches its threshold: scores are mapped to
+               integers of the same order, and the interval that holds the threshold is cut in four per pass, by how many scores,
+               or how much mass, lie above each cut; 16 passes over a row that the cache holds give it exactly, without a sort.
+               Then it draws among the scores at or above it.
+
+The noise of a token is a hash of the row's two key words and the token's id, in 32-bit arithmetic; `reference.gumbel` says which. A
+row's token depends on that row alone. Sums run in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Chip, Shape, bucket_of, chip, launch_of
+
+GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)
+CELLS: tl.constexpr = tl.constexpr(256)  # edits that a program takes at once
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLaunch:
+    """Parameters of the two launches. `elements`: logits that a program holds at once."""
+
+    elements: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRows:
+    """How each of S rows is drawn. All tensors on the device of the logits, contiguous.
+
+    Attributes:
+        temperature: float32 [S]; below 1e-5 is greedy.
+        top_k: int32 [S]; 0 is off.
+        top_p: float32 [S]; 1 is off.
+        min_p: float32 [S]; log of min_p, -inf is off.
+        keys: int32 [S, 2], the bits of the two key words of the row's noise (`reference.gumbel`).
+        cell_starts: int32 [S + 1]; row r has the edits [cell_starts[r], cell_starts[r + 1]).
+        cell_tokens: int32 [C], each token once a row.
+        cell_bias, cell_repetition, cell_penalty: float32 [C]; x = logit + bias (-inf bans the token), x = x / repetition if x > 0 else
+            x * repetition, logit = x - penalty.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    keys: Tensor
+    cell_starts: Tensor
+    cell_tokens: Tensor
+    cell_bias: Tensor
+    cell_repetition: Tensor
+    cell_penalty: Tensor
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise(token, key0, key1):
+    """Gumbel noise of tokens, within 1e-6 of the exact value: -log(-log1p(-u)).
+
+    The hardware's logarithm is coarse near 1, so log1p of small u is 2 atanh(z) with z = -u / (2 - u), as a series.
+    """
+    h = (_mix(token.to(tl.uint32) + 0x9E3779B9) ^ key0) * key1
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = h ^ (h >> 16)
+    u = tl.clamp(h.to(tl.float32), 0.5, 4294967040.0) * 2.3283064365386963e-10
+    z = u / (2.0 - u)
+    w = z * z
+    series = 1.0 + w * (0.33333333 + w * (0.2 + w * (0.14285714 + w * (0.11111111 + w * (0.09090909 + w * 0.07692308)))))
+    exponential = tl.where(u < 0.5, 2.0 * z * series, -tl.log(tl.maximum(1.0 - u, 1e-30)))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _score(logit, peak, temperature):
+    """As the host computes it, so that equal logits are equal scores."""
+    return tl.div_rn(logit - peak, temperature)
+
+
+@triton.jit
+def _better(value, token, best, best_token):
+    """The higher of two, the lower token where they are equal; -inf never wins."""
+    wins = (value > best) | ((value == best) & (token < best_token))
+    return tl.where(wins, value, best), tl.where(wins, token, best_token)
+
+
+@triton.jit
+def _order(x):
+    """Integers in the order of the floats (no NaN)."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _edit_kernel(
+    logits, temperature, keys, cell_starts, cell_tokens, cell_bias, cell_repetition, cell_penalty,
+    peaks, peak_tokens, draws, draw_tokens, vocab, stretch, stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0), tl.program_id(1)
+    begin = part * stretch
+    end = tl.minimum(begin + stretch, vocab)
+    base = logits + row.to(tl.int64) * stride
+    last_cell = tl.load(cell_starts + row + 1)
+    for first in range(tl.load(cell_starts + row), last_cell, CELLS):
+        cell = first + tl.arange(0, CELLS)
+        token = tl.load(cell_tokens + cell, mask=cell < last_cell, other=-1)
+        mine = (token >= begin) & (token < end)
+        x = tl.load(base + token, mask=mine, other=0.0) + tl.load(cell_bias + cell, mask=mine, other=0.0)
+        repetition = tl.load(cell_repetition + cell, mask=mine, other=1.0)
+        x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition) - tl.load(cell_penalty + cell, mask=mine, other=0.0)
+        tl.store(base + token, x, mask=mine)
+    tl.debug_barrier()  # other threads of this program read what was stored
+
+    t = tl.load(temperature + row)
+    drawn = t >= GREEDY_BELOW
+    key0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
+    key1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
+    peak, peak_token = float("-inf"), 2**31 - 1
+    best, best_token = float("-inf"), 2**31 - 1
+    broken = 0
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(base + token, mask=token < end, other=float("-inf"))
+        broken += tl.sum(tl.where(x == x, 0, 1), 0)
+        value, at = tl.max(x, 0, return_indices=True)
+        peak, peak_token = _better(value, start + at, peak, peak_token)
+        if drawn:
+            value, at = tl.max(x / t + _noise(token, key0, key1), 0, return_indices=True)
+            best, best_token = _better(value, start + at, best, best_token)
+    place = row * tl.num_programs(1) + part
+    tl.store(peaks + place, tl.where(broken > 0, float("nan"), peak))
+    tl.store(peak_tokens + place, peak_token)
+    tl.store(draws + place, best)
+    tl.store(draw_tokens + place, best_token)
+
+
+@triton.jit
+def _above(base, vocab, peak, t, floor, cut0, cut1, cut2, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many scores, or how much mass, lie at or above each of three cuts. What lies below `floor` does not count."""
+    above0 = tl.zeros((BLOCK,), tl.float32)
+    above1 = tl.zeros((BLOCK,), tl.float32)
+    above2 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        score = _score(tl.load(base + token, mask=token < vocab, other=float("-inf")), peak, t)
+        order = _order(score)
+        weight = tl.where((token < vocab) & (order >= floor), 1.0, 0.0)
+        if MASS:
+            weight *= tl.exp(score)
+        above0 += tl.where(order >= cut0, weight, 0.0)
+        above1 += tl.where(order >= cut1, weight, 0.0)
+        above2 += tl.where(order >= cut2, weight, 0.0)
+    return tl.sum(above0, 0), tl.sum(above1, 0), tl.sum(above2, 0)
+
+
+@triton.jit
+def _threshold(base, vocab, peak, t, floor, wanted, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest order with `wanted` scores (or so much mass) at or above it, of what lies above `floor`; else `floor`."""
+    low = floor
+    high = floor * 0 + 1  # above the order of 0.0, the highest score
+    while high - low > 1:
+        step = tl.maximum((high - low) // 4, 1)
+        cut0, cut1, cut2 = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+        above0, above1, above2 = _above(base, vocab, peak, t, floor, cut0, cut1, cut2, MASS, BLOCK)
+        high = tl.where(above0 < wanted, cut0, tl.where(above1 < wanted, cut1, tl.where(above2 < wanted, cut2, high)))
+        low = tl.where(above2 >= wanted, cut2, tl.where(above1 >= wanted, cut1, tl.where(above0 >= wanted, cut0, low)))
+    return low
+
+
+@triton.jit
+def _choose_kernel(
+    logits, temperature, top_k, top_p, min_p, keys, peaks, peak_tokens, draws, draw_tokens, tokens, finite, vocab, stride,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    part = tl.arange(0, BLOCK_PARTS)
+    there = part < PARTS
+    of_part = tl.load(peaks + row * PARTS + part, mask=there, other=float("-inf"))
+    peak, at = tl.max(of_part, 0, return_indices=True)
+    whole = (tl.sum(tl.where(of_part == of_part, 0, 1), 0) == 0) & (tl.abs(peak) < float("inf"))
+    chosen = tl.load(peak_tokens + row * PARTS + at)
+    t = tl.load(temperature + row)
+    if whole & (t >= GREEDY_BELOW):
+        kept = tl.load(top_k + row)
+        share = tl.load(top_p + row)
+        lowest = tl.load(min_p + row)
+        if (kept > 0) | (share < 1.0) | (lowest > float("-inf")):
+            base = logits + row.to(tl.int64) * stride
+            floor = _order(lowest)
+            if kept > 0:
+                floor = _threshold(base, vocab, peak, t, floor, kept.to(tl.float32), False, BLOCK)
+            if share < 1.0:
+                mass, _, _ = _above(base, vocab, peak, t, floor, floor, floor, floor, True, BLOCK)
+                floor = _threshold(base, vocab, peak, t, floor, share * mass, True, BLOCK)
+            key0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
+            key1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
+            best, best_token = float("-inf"), 2**31 - 1
+            for start in range(0, vocab, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                score = _score(tl.load(base + token, mask=token < vocab, other=float("-inf")), peak, t)
+                noisy = tl.where((token < vocab) & (_order(score) >= floor), score + _noise(token, key0, key1), float("-inf"))
+                value, at_value = tl.max(noisy, 0, return_indices=True)
+                best, best_token = _better(value, start + at_value, best, best_token)
+            chosen = best_token
+        else:
+            _, at_draw = tl.max(tl.load(draws + row * PARTS + part, mask=there, other=float("-inf")), 0, return_indices=True)
+            chosen = tl.load(draw_tokens + row * PARTS + at_draw)
+    tl.store(tokens + row, tl.where(whole, chosen, 0).to(tl.int64))
+    tl.store(finite + row, whole)
+
+
+def sample_rule(shape: Shape, on: Chip) -> SampleLaunch:
+    """Sixteen logits a thread of eight warps."""
+    return SampleLaunch(elements=4096, num_warps=8)
+
+
+def sample(logits: Tensor, rows: SampleRows, launch: SampleLaunch | None = None) -> tuple[Tensor, Tensor]:
+    """Draws a token for each row.
+
+    Args:
+        logits: float32 [S, V], rows without gaps; overwritten where `rows` edits them.
+        rows: how.
+        launch: parameters other than the table's.
+
+    Returns:
+        (int64 [S] tokens, bool [S]: the row's logits were finite at their highest and held no NaN; if not, its token is 0).
+
+    Raises:
+        ValueError: the logits are not float32, have gaps, or are not as many rows as `rows` describes.
+    """
+    if logits.dtype is not torch.float32 or logits.stride(1) != 1 or len(rows.temperature) != len(logits):
+        raise ValueError(f"logits must be float32 [{len(rows.temperature)}, V] without gaps, not {logits.dtype} {tuple(logits.shape)}")
+    count, vocab = logits.shape
+    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    finite = torch.empty(count, dtype=torch.bool, device=logits.device)
+    if count == 0:
+        return tokens, finite
+    on = chip(logits.device)
+    if launch is None:
+        launch = launch_of(SampleLaunch, sample_rule, Shape("sampling", "float32", bucket=bucket_of(count)), on)
+    block = min(launch.elements, triton.next_power_of_2(vocab))
+    blocks = triton.cdiv(vocab, block)
+    parts = max(1, min(blocks, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * on.multiprocessors, count)))
+    stretch = triton.cdiv(blocks, parts) * block
+    parts = triton.cdiv(vocab, stretch)
+    best = torch.empty(2, count, parts, dtype=torch.float32, device=logits.device)
+    at = torch.empty(2, count, parts, dtype=torch.int32, device=logits.device)
+    _edit_kernel[(count, parts)](
+        logits, rows.temperature, rows.keys, rows.cell_starts, rows.cell_tokens, rows.cell_bias, rows.cell_repetition, rows.cell_penalty,
+        best[0], at[0], best[1], at[1], vocab, stretch, logits.stride(0), BLOCK=block, num_warps=launch.num_warps,
+    )  # fmt: skip
+    _choose_kernel[(count,)](
+        logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.keys, best[0], at[0], best[1], at[1], tokens, finite,
+        vocab, logits.stride(0), PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts), BLOCK=block, num_warps=launch.num_warps,
+    )  # fmt: skip
+    return tokens, finite
