@@ -4,6 +4,8 @@ It reads every context back through the block table and the pages, so a page tha
 early changes the tokens that come out. `expected_output` says what must come out, by no pages at all.
 """
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,7 +14,7 @@ from quire.worker.config import LimitOptions
 from quire.worker.door import Door
 from quire.worker.engine import Engine
 from quire.worker.page_pool import PagePool
-from quire.worker.plan import NewSequence, Sampled, StepPlan, StepResult
+from quire.worker.plan import MemoryBytes, NewSequence, Sampled, StepPlan, StepResult
 from quire.worker.protocol import ModelInfo
 from quire.worker.scheduler import Scheduler
 
@@ -73,6 +75,9 @@ class PagedMemory:
     def reset(self) -> None:
         self.known.clear()
 
+    def memory_bytes(self) -> MemoryBytes:
+        return MemoryBytes(weights=3, pool=len(self.memory) * self.page_size)
+
     def _learn(self, new: NewSequence) -> None:
         if new.seq in self.known:
             raise AssertionError(f"sequence {new.seq} was sent twice")
@@ -96,6 +101,7 @@ def hash_engine(
     prefix_cache: bool = True,
     max_model_len: int = 10_000,
     limits: LimitOptions | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """A real engine around the hash model."""
     max_running = min(max_running, max_batch_tokens)
@@ -104,4 +110,4 @@ def hash_engine(
     info = ModelInfo(
         "hash", "", max_model_len, VOCAB, (EOS,), 0, page_size, pages * page_size, max_running + max_waiting, max_running=max_running
     )
-    return Engine(scheduler, PagedMemory(pages, page_size), Door.of(info, limits or LimitOptions()), info, max_waiting)
+    return Engine(scheduler, PagedMemory(pages, page_size), Door.of(info, limits or LimitOptions()), info, max_waiting, clock=clock)
