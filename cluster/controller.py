@@ -1,4 +1,4 @@
-"""Which replicas there are, which of them takes a request, and who still wants them: the controller's decisions.
+"""Which replicas there are, which of them are to be started, and who still wants them: the controller's table of lives.
 
 Pure: no ray, no clock (times are passed in), no randomness. `cluster.ray_gateway` runs it inside an actor, feeds it what
 the replicas report, and acts on what it says. It holds nothing that the replicas could not report again.
@@ -6,19 +6,24 @@ the replicas report, and acts on what it says. It holds nothing that the replica
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from ..worker.protocol import EngineStats, ModelInfo, ReplicaLost
-from .messages import Route
+from ..worker.protocol import EngineStats, ModelInfo, ReplicaLoad
+from .backoff import Backoff
+
+SUSPECT_S = 5.0  # of silence: it is marked
+SILENCE_S = 30.0  # of silence: it is given up (a hung rank is found by the step watchdog of the replica itself)
+START_ATTEMPTS = 3  # failed starts in a row after which a replica counts as one that cannot be started
 
 
 class ReplicaState(StrEnum):
-    """STARTING -> READY -> DEAD, or straight to DEAD. A new life has a new epoch."""
+    """STARTING -> READY <-> SUSPECT -> DEAD, or straight to DEAD. The next life is STARTING again, with a new epoch."""
 
     STARTING = "starting"
     READY = "ready"
+    SUSPECT = "suspect"
     DEAD = "dead"
 
 
@@ -28,6 +33,7 @@ class Report(NamedTuple):
     replica_id: str
     epoch: int
     pid: int
+    node: str
     loaded: int
     to_load: int
     phases: dict[str, float]
@@ -36,77 +42,172 @@ class Report(NamedTuple):
     stats: EngineStats | None
 
 
+class Rank(NamedTuple):
+    """The process of one tensor-parallel rank."""
+
+    rank: int
+    pid: int
+    node: str
+
+
 @dataclass(slots=True)
 class Replica:
-    """One life of one replica, as the controller knows it."""
+    """One replica, in its latest life."""
 
     replica_id: str
-    epoch: int
+    epoch: int = 0  # before the first life
     state: ReplicaState = ReplicaState.STARTING
-    reason: str = ""  # why it is dead
+    reason: str = ""  # why it is dead, or what its start waits for
     report: Report | None = None
-    sent: int = 0  # sequences routed to it that no report counts yet
+    load: ReplicaLoad | None = None  # as its latest event frame said
+    ranks: dict[int, Rank] = field(default_factory=dict)
+    since_s: float = 0.0  # of this state
+    heard_s: float = 0.0  # its last word
+    start_at_s: float | None = 0.0  # when its next life is due
+    failed_starts: int = 0  # in a row
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 class Controller:
-    """The replica table."""
+    """The replica table.
 
-    def __init__(self) -> None:
-        self._replicas: dict[str, Replica] = {}
+    Args:
+        replicas: how many there are to be, `replica-0` and so on.
+        start_timeout_s: that a life may take to become ready.
+    """
+
+    def __init__(self, replicas: int, start_timeout_s: float) -> None:
+        self._replicas = {name: Replica(name) for name in (f"replica-{i}" for i in range(replicas))}
+        self._start_timeout_s = start_timeout_s
+        self._served = False  # some replica was ready once
         self._leases: dict[str, float] = {}  # holder -> when it ends
 
-    # --- replicas ---
+    # --- lives ---
 
-    def begin(self, replica_id: str, now_ms: int) -> int:
+    def due(self, now_s: float) -> list[str]:
+        """The replicas whose next life is to be started now."""
+        return [r.replica_id for r in self._replicas.values() if r.start_at_s is not None and r.start_at_s <= now_s]
+
+    def begin(self, replica_id: str, now_ms: int, now_s: float) -> int:
         """A new life of a replica starts; its epoch.
 
         Epochs grow from life to life, also across a controller that forgot them: they are milliseconds of wall time, or
         one more than the last.
         """
-        before = self._replicas.get(replica_id)
-        epoch = max(now_ms, before.epoch + 1 if before else 0)
-        self._replicas[replica_id] = Replica(replica_id, epoch)
-        return epoch
+        replica = self._replicas[replica_id]
+        self._new_life(replica, max(now_ms, replica.epoch + 1), now_s)
+        return replica.epoch
 
-    def reported(self, report: Report) -> None:
-        """Takes a replica's word. An unknown replica, or a later life of a known one, is adopted; a stale one is ignored."""
-        replica = self._replicas.get(report.replica_id)
-        if replica is None or report.epoch > replica.epoch:
-            replica = self._replicas[report.replica_id] = Replica(report.replica_id, report.epoch)
-        if report.epoch < replica.epoch or replica.state is ReplicaState.DEAD:
-            return
-        replica.report = report
-        replica.sent = 0
-        if report.failure is not None:
-            self.died(report.replica_id, report.epoch, report.failure)
-        elif report.info is not None:
-            replica.state = ReplicaState.READY
-
-    def died(self, replica_id: str, epoch: int, reason: str) -> None:
-        """A life has ended. The first reason stays."""
+    def adopt(self, replica_id: str, epoch: int, now_s: float) -> bool:
+        """A life that another controller has started is found. False when it is none of ours, or a stale one: it must go."""
         replica = self._replicas.get(replica_id)
-        if replica is not None and replica.epoch == epoch and replica.state is not ReplicaState.DEAD:
-            replica.state = ReplicaState.DEAD
-            replica.reason = reason
+        if replica is None or epoch <= replica.epoch:
+            return False
+        self._new_life(replica, epoch, now_s)
+        return True
+
+    def reported(self, report: Report, now_s: float) -> bool:
+        """Takes a replica's word; a stale one is ignored. True when the replica has just become ready."""
+        replica = self._alive(report.replica_id, report.epoch)
+        if replica is None:
+            return False
+        replica.report = report
+        replica.ranks[0] = Rank(0, report.pid, report.node)
+        self.heard(report.replica_id, report.epoch, now_s)
+        if report.failure is not None:
+            self.died(report.replica_id, report.epoch, report.failure, now_s, final=True)
+        elif report.info is not None and replica.state is ReplicaState.STARTING:
+            self._become(replica, ReplicaState.READY, now_s)
+            replica.reason = ""
+            replica.failed_starts = 0
+            self._served = True
+            return True
+        return False
+
+    def rank_reported(self, replica_id: str, epoch: int, rank: Rank) -> None:
+        """Who runs a rank of this life."""
+        replica = self._alive(replica_id, epoch)
+        if replica is not None:
+            replica.ranks[rank.rank] = rank
+
+    def heard(self, replica_id: str, epoch: int, now_s: float, load: ReplicaLoad | None = None) -> None:
+        """The replica has answered."""
+        replica = self._alive(replica_id, epoch)
+        if replica is None:
+            return
+        replica.heard_s = now_s
+        replica.load = load or replica.load
+        if replica.state is ReplicaState.SUSPECT:
+            self._become(replica, ReplicaState.READY, now_s)
+
+    def waits(self, replica_id: str, epoch: int, what_for: str) -> None:
+        """What the start of this life waits for; empty when for nothing."""
+        replica = self._alive(replica_id, epoch)
+        if replica is not None and replica.state is ReplicaState.STARTING:
+            replica.reason = what_for
+
+    def silent(self, now_s: float) -> None:
+        """Marks who has been silent for long, and gives up who has been for too long, or has not become ready in time."""
+        for r in self._replicas.values():
+            quiet_s = now_s - r.heard_s
+            if r.state is ReplicaState.STARTING and r.epoch and now_s - r.since_s > self._start_timeout_s:
+                self.died(r.replica_id, r.epoch, f"was not ready within {self._start_timeout_s:g} s{_because(r.reason)}", now_s, final=True)
+            elif r.state is ReplicaState.READY and quiet_s > SUSPECT_S:
+                self._become(r, ReplicaState.SUSPECT, now_s)
+            elif r.state is ReplicaState.SUSPECT and quiet_s > SILENCE_S:
+                self.died(r.replica_id, r.epoch, f"did not answer for {quiet_s:.0f} s", now_s)
+
+    def died(self, replica_id: str, epoch: int, reason: str, now_s: float, final: bool = False) -> bool:
+        """A life has ended: the next one is due after the backoff. False when that was known; the first reason stays.
+
+        Args:
+            final: when it never became ready, and no replica ever did: another attempt would end alike.
+        """
+        replica = self._alive(replica_id, epoch)
+        if replica is None:
+            return False
+        started = replica.state is not ReplicaState.STARTING
+        replica.failed_starts = 0 if started else replica.failed_starts + (START_ATTEMPTS if final and not self._served else 1)
+        replica.start_at_s = now_s + replica.backoff.delay_s(now_s - replica.since_s if started else 0.0)
+        replica.reason = reason
+        replica.load = None
+        replica.ranks.clear()
+        self._become(replica, ReplicaState.DEAD, now_s)
+        return True
+
+    def hurry(self, replica_id: str, now_s: float) -> None:
+        """The next life of a dead replica is due at once."""
+        replica = self._replicas[replica_id]
+        if replica.state is ReplicaState.DEAD:
+            replica.start_at_s = now_s
+
+    # --- what there is ---
 
     def replicas(self) -> list[Replica]:
-        """The table, in the order of first appearance."""
+        """The table, in the order of the replicas' numbers."""
         return list(self._replicas.values())
 
-    # --- requests ---
+    def replica(self, replica_id: str) -> Replica | None:
+        """One row of it."""
+        return self._replicas.get(replica_id)
 
-    def admit(self, sequences: int) -> Route:
-        """Routes a request of so many sequences to the replica with the fewest of them running, waiting or under way.
+    def lives(self, replica_id: str, epoch: int) -> bool:
+        """Whether this life goes on, as far as is known."""
+        return self._alive(replica_id, epoch) is not None
 
-        Raises:
-            ReplicaLost: no replica is ready.
-        """
-        ready = [r for r in self._replicas.values() if r.state is ReplicaState.READY]
-        if not ready:
-            raise ReplicaLost("no replica is ready")
-        chosen = min(ready, key=_load)
-        chosen.sent += sequences
-        return Route(chosen.replica_id, chosen.epoch)
+    def serving(self) -> list[Replica]:
+        """Those that take requests, and those that are suspected of not doing so: their streams may yet go on."""
+        return [r for r in self._replicas.values() if r.state in (ReplicaState.READY, ReplicaState.SUSPECT)]
+
+    def settled(self) -> bool:
+        """Every replica has become ready, or has failed to."""
+        return all(r.state is not ReplicaState.STARTING or r.failed_starts for r in self._replicas.values())
+
+    def hopeless(self) -> str:
+        """Why no replica can be started any more; empty while one runs, or is still worth an attempt."""
+        if any(r.state in (ReplicaState.READY, ReplicaState.SUSPECT) or r.failed_starts < START_ATTEMPTS for r in self._replicas.values()):
+            return ""
+        return next((f"{r.replica_id}: {r.reason}" for r in self._replicas.values() if r.state is ReplicaState.DEAD), "")
 
     # --- leases ---
 
@@ -123,22 +224,27 @@ class Controller:
         self._leases = {holder: until_s for holder, until_s in self._leases.items() if until_s > now_s}
         return bool(self._leases)
 
+    # --- inside ---
 
-def missing_resources(demand: dict[str, float], nodes: list[dict[str, float]]) -> str:
-    """Which resource keeps `demand` from fitting on one of `nodes` (what each has in all), in words.
+    def _alive(self, replica_id: str, epoch: int) -> Replica | None:
+        replica = self._replicas.get(replica_id)
+        ours = replica is not None and replica.epoch == epoch and replica.state is not ReplicaState.DEAD
+        return replica if ours else None
 
-    Empty when one of the nodes is large enough: then the resource is there, but taken.
-    """
-    if any(all(node.get(name, 0.0) >= amount for name, amount in demand.items()) for node in nodes):
-        return ""
-    lacks = [
-        f"{amount:g} {name} (the largest node has {max((node.get(name, 0.0) for node in nodes), default=0.0):g})"
-        for name, amount in demand.items()
-        if all(node.get(name, 0.0) < amount for node in nodes)
-    ]
-    return ", ".join(lacks) or "one node with " + ", ".join(f"{amount:g} {name}" for name, amount in demand.items())
+    def _new_life(self, replica: Replica, epoch: int, now_s: float) -> None:
+        replica.epoch = epoch
+        replica.reason = ""
+        replica.report = replica.load = None
+        replica.ranks.clear()
+        replica.start_at_s = None
+        replica.heard_s = now_s
+        self._become(replica, ReplicaState.STARTING, now_s)
+
+    def _become(self, replica: Replica, state: ReplicaState, now_s: float) -> None:
+        if ReplicaState.SUSPECT not in (state, replica.state) or state is ReplicaState.DEAD:  # a suspicion does not end health
+            replica.since_s = now_s
+        replica.state = state
 
 
-def _load(replica: Replica) -> int:
-    stats = replica.report.stats if replica.report else None
-    return replica.sent + (stats.running + stats.waiting if stats else 0)
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import socket
 import time
 from pathlib import Path
@@ -12,8 +14,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..cluster.ray_gateway import connect, remote_class, start_actor_logging
+from ..cluster.ray_gateway import Registration, connect, remote_class, start_actor_logging
+from ..cluster.remote_client import IngressOptions
 from ..worker.config import QuireOptions, ServerOptions
+from ..worker.protocol import ReplicaLost
 from ..worker.text.source import resolve_model
 
 if TYPE_CHECKING:
@@ -21,24 +25,42 @@ if TYPE_CHECKING:
 
     from ..worker.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 60.0  # from a replica's readiness to the server's
 STOP_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
+REGISTER_S = 2.0
 
 
 class IngressDied(Exception):
     """The ingress could not start, or ended without having been told to."""
 
 
-def listen(options: ServerOptions) -> socket.socket:
-    """A bound socket for the server. Not yet listening: who connects now is refused.
+def probe(options: ServerOptions) -> None:
+    """Whether the server can listen where it is to.
+
+    Raises:
+        OSError: it cannot; says which address, and why.
+    """
+    _bound(options, shared=False).close()
+
+
+def reserve(options: ServerOptions) -> socket.socket:
+    """A socket that never listens: it holds the port, also one that was free to choose, while no ingress lives.
 
     Raises:
         OSError: the address cannot be used; says which and why.
     """
+    return _bound(options, shared=True)
+
+
+def _bound(options: ServerOptions, shared: bool) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:  # the kernel spreads connections over all sockets that listen; all of them must be this user's
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind(address)
     except OSError as error:
@@ -48,11 +70,19 @@ def listen(options: ServerOptions) -> socket.socket:
 
 
 class IngressActor:
-    """One HTTP server."""
+    """One HTTP server.
 
-    def __init__(self, options: QuireOptions) -> None:
-        start_actor_logging(options.server.log_level)
+    Args:
+        ingress_id: who it is, also after a restart.
+        options: with the port that it shares with its siblings.
+    """
+
+    def __init__(self, ingress_id: str, options: QuireOptions) -> None:
+        start_actor_logging(options.server.log_level, options.server.log_format, ingress=ingress_id)
         self._options = options
+        self._ingress_id = ingress_id
+        self._registration = Registration(options.cluster.namespace, ingress_id, os.getpid())
+        self._registering: asyncio.Task[None] | None = None
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._app: Any = None
@@ -61,8 +91,9 @@ class IngressActor:
         """Serves as soon as a replica does.
 
         Returns:
-            {"port", "phases" (name -> seconds)}, or {"failure": why it cannot serve}.
+            {"phases" (name -> seconds)}, or {"failure": why it cannot serve}.
         """
+        self._registering = asyncio.create_task(self._register())
         phases: dict[str, float] = {}
         import uvicorn  # here and below: the driver, which imports this file, needs neither the server nor the tokenizer
 
@@ -70,9 +101,9 @@ class IngressActor:
         from .api.http_server import server_config
 
         try:
-            bound = listen(self._options.server)
+            bound = _bound(self._options.server, shared=True)
             tokenizer = await asyncio.to_thread(self._load_tokenizer, phases)
-            client = connect(self._options.cluster.namespace)
+            client = connect(self._options, self._ingress_id)
             client.start()
             info = await client.ready(self._options.cluster.start_timeout_s + START_TIMEOUT_S)
             begun_s = time.monotonic()
@@ -90,7 +121,7 @@ class IngressActor:
             phases["HTTP server"] = time.monotonic() - begun_s
         except (OSError, ValueError, TimeoutError) as error:
             return {"failure": str(error) or repr(error)}
-        return {"port": bound.getsockname()[1], "phases": phases}
+        return {"phases": phases}
 
     async def ended(self) -> None:
         """Returns when the server has stopped."""
@@ -112,6 +143,18 @@ class IngressActor:
             async with asyncio.timeout(2 * STOP_TIMEOUT_S):
                 await self._serving
 
+    def _of_client(self) -> IngressOptions:
+        engine = self._options.engine
+        return IngressOptions(self._ingress_id, engine.model.seed, engine.limits, engine.cache.prefix_cache)
+
+    async def _register(self) -> None:
+        while True:
+            try:
+                logging.getLogger().setLevel((await self._registration.renew()).upper())
+            except ReplicaLost as error:  # a controller that comes back hears of us then
+                log.debug("could not register: %s", error)
+            await asyncio.sleep(REGISTER_S)
+
     def _load_tokenizer(self, phases: dict[str, float]) -> Tokenizer:
         from ..worker.text.tokenizer import load_tokenizer
 
@@ -124,15 +167,15 @@ class IngressActor:
 class Ingress:
     """An `IngressActor` from the driver's side. It dies with the driver. Blocking calls, each with a time-out."""
 
-    def __init__(self, options: QuireOptions) -> None:
+    def __init__(self, ingress_id: str, options: QuireOptions) -> None:
         """Starts the actor on this node; `started` says how it went."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor = remote_class(IngressActor, num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(options)
+        self._actor = remote_class(IngressActor, num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(ingress_id, options)
         self._start = self._actor.start.remote()
         self._ended: Any = None
 
-    def started(self, wait_s: float) -> dict[str, Any] | None:
-        """What `IngressActor.start` returned; None when it has not, after `wait_s`.
+    def started(self, wait_s: float) -> dict[str, float] | None:
+        """The phases that `IngressActor.start` returned; None when it has not, after `wait_s`.
 
         Raises:
             IngressDied: it cannot serve.
@@ -140,7 +183,7 @@ class Ingress:
         result = _settled(self._start, wait_s)
         if result is not None and "failure" in result:
             raise IngressDied(result["failure"])
-        return result
+        return None if result is None else result["phases"]
 
     def check(self, wait_s: float) -> None:
         """Watches it for `wait_s`.
@@ -168,8 +211,10 @@ class Ingress:
 
     def stop(self) -> None:
         """Closes the server; what does not close in time is killed."""
-        _settled(self._actor.stop.remote(), CALL_TIMEOUT_S)
-        ray.kill(self._actor)
+        try:
+            _settled(self._actor.stop.remote(), CALL_TIMEOUT_S)
+        finally:
+            ray.kill(self._actor)
 
 
 def _settled(ref: Any, wait_s: float) -> Any:

@@ -1,7 +1,10 @@
-"""What `quire serve` does: starts the cluster and the ingress, says when they serve, watches them, and takes them down.
+"""What `quire serve` does: starts the cluster and the ingresses, says when they serve, watches them, and takes them down.
 
-probe the port -> Ray -> controller -> replica (torch, weights)   } at the same time
-                                    -> ingress (port, tokenizer)  }  -> HTTP server -> ready line
+probe the ports -> Ray -> controller -> replicas (torch, weights)    } at the same time
+                                     -> ingresses (port, tokenizer)  }  -> HTTP servers -> ready line
+
+Whatever dies is started again: replicas by the controller, the controller by Ray, ingresses here. The command ends by itself only
+when no replica can be started, or nobody knows any more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,12 +24,17 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ..cluster.controller import ReplicaState
-from ..cluster.ray_gateway import Cluster, ReplicaStatus
+from ..cluster.ray_gateway import AdminPort, Cluster, ReplicaView
 from ..worker.config import QuireOptions
+from ..worker.logs import LogSetup, start_logging
 from ..worker.protocol import ReplicaLost
 from ..worker.text.source import resolve_model
+from .admin.guard import check_admin
+from .admin.server import bind, start_admin
+from .ingresses import Ingresses
 from .process_tree import descendants, end
-from .serve_app import Ingress, IngressDied, listen
+from .serve_app import IngressDied, probe, reserve
+from .tenants_file import load_tenants
 
 log = logging.getLogger(__name__)
 
@@ -41,31 +49,39 @@ class Failed(Exception):
 
 
 def serve(options: QuireOptions) -> int:
-    """Serves until a signal or a death; the process's exit code.
+    """Serves until a signal, or until there is nothing left to serve with; the process's exit code.
 
     SIGTERM and SIGINT: new requests get 503, running ones `grace_s`; then exit 0. A second one cuts them off.
     """
-    logging.basicConfig(level=options.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    start_logging(LogSetup(options.server.log_level, options.server.log_format))
     signals = Signals()
     try:
-        listen(options.server).close()  # what cannot work is said before anything is started
-        options = _located(options)
+        options = _checked(options)  # what cannot work is said before anything is started
         signals.install()
         stdout = sys.stdout
-        with redirect_stdout(sys.stderr), _cluster(options) as (cluster, phases):  # where Ray puts what its processes print
-            signals.install()  # Ray has put its own handlers there
-            return _serve_on(cluster, options, signals, phases, stdout)
-    except (Failed, IngressDied, ReplicaLost, OSError, ValueError) as error:
+        with redirect_stdout(sys.stderr), closing(reserve(options.server)) as held:  # stderr: where Ray puts what its processes print
+            options = replace(options, server=replace(options.server, port=held.getsockname()[1]))
+            with _cluster(options) as (cluster, phases):
+                signals.install()  # Ray has put its own handlers there
+                return _serve_on(cluster, options, signals, phases, stdout)
+    except (Failed, IngressDied, ReplicaLost, TimeoutError, OSError, ValueError) as error:
         sys.stderr.write(f"quire: error: {error}\n")
         return 1
 
 
-def _located(options: QuireOptions) -> QuireOptions:
+def _checked(options: QuireOptions) -> QuireOptions:
     """The options with a model that is found from any working directory.
 
     Raises:
-        ValueError: a local Ray is to be started, and there is no such model.
+        ValueError: something in them cannot work: no such model (where a local Ray is to be started), an admin API without a token.
+        OSError: an address cannot be used, or a file not be read.
     """
+    probe(options.server)
+    check_admin(options.admin)
+    bind(options.admin).close()
+    for label in options.cluster.node_label:
+        if "=" not in label:
+            raise ValueError(f"--node-label must be key=value, not {label!r}")
     model = options.engine.model
     if options.cluster.ray_address is None:
         resolve_model(model.model)
@@ -93,7 +109,8 @@ class Signals:
 @contextmanager
 def _cluster(options: QuireOptions) -> Iterator[tuple[Cluster, dict[str, float]]]:
     begun_s = time.monotonic()
-    cluster = Cluster(options)
+    _, tenants = load_tenants(options.server)
+    cluster = Cluster(options, tenants)
     try:
         yield cluster, {"Ray": time.monotonic() - begun_s}
     finally:
@@ -104,72 +121,84 @@ def _cluster(options: QuireOptions) -> Iterator[tuple[Cluster, dict[str, float]]
 
 def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases: dict[str, float], stdout: TextIO) -> int:
     begun_s = time.monotonic()
-    ingress = Ingress(options)
+    ingresses = Ingresses(options)
     cluster.check()
+    admin = start_admin(AdminPort(options.cluster.namespace), options.admin)
     watch = _Watch(cluster)
     with _LoadingBar() as bar:
-        while (started := ingress.started(TICK_S)) is None:
+        while (started := ingresses.start(TICK_S)) is None or not watch.settled:
             bar.show(watch.replicas())
             if signals.count:
                 return 0
-    for replica in cluster.status():
+    for replica in watch.replicas():
         phases |= replica.phases
-    phases |= started["phases"]
+    phases |= started
     took_s = phases["Ray"] + time.monotonic() - begun_s
     host = f"[{options.server.host}]" if ":" in options.server.host else options.server.host
-    stdout.write(f"Quire is ready on http://{host}:{started['port']}\n")
+    stdout.write(f"Quire is ready on http://{host}:{options.server.port}\n")
     stdout.flush()
     log.info("ready after %.1f s (%s)", took_s, ", ".join(f"{name} {s:.1f}" for name, s in phases.items()))
     while not signals.count:
-        ingress.check(TICK_S)
+        ingresses.watch(TICK_S)
         watch.replicas()
-    _drain(ingress, watch, options.server.grace_s, signals)
+    _drain(ingresses, watch, options.server.grace_s, signals)
+    admin.stop()
     return 0
 
 
-def _drain(ingress: Ingress, watch: _Watch, grace_s: float, signals: Signals) -> None:
-    running = ingress.running()
+def _drain(ingresses: Ingresses, watch: _Watch, grace_s: float, signals: Signals) -> None:
+    running = ingresses.running()
     if running:
         log.info("stopping: %d running requests have %g s to finish; a second signal cuts them off", running, grace_s)
-    token, cut = ingress.drain(grace_s), False
-    while ingress.drained(token, TICK_S) is None:
+    drain, cut = ingresses.drain(grace_s), False
+    while not drain.over(TICK_S):
         watch.replicas()
         if signals.count > 1 and not cut:
             cut = True
-            ingress.drain(0.0)
-    ingress.stop()
+            ingresses.cut_off()
+    ingresses.stop()
 
 
 class _Watch:
-    """Looks at the replicas, twice a second at most."""
+    """Looks at the replicas, twice a second at most, and says what becomes of them."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._latest: list[ReplicaStatus] = []
+        self._latest: tuple[ReplicaView, ...] = ()
         self._asked_s = float("-inf")
         self._answered_s = time.monotonic()
+        self.settled = False
 
-    def replicas(self) -> list[ReplicaStatus]:
+    def replicas(self) -> tuple[ReplicaView, ...]:
         """The replicas.
 
         Raises:
-            Failed: one has died, or nobody knows, for the controller is gone.
+            Failed: none of them can be started, or nobody knows, for the controller is gone.
         """
         now_s = time.monotonic()
         if now_s - self._asked_s < POLL_S:
             return self._latest
         self._asked_s = now_s
         try:
-            self._latest = self._cluster.status()
-            self._answered_s = now_s
+            view = self._cluster.view()
         except ReplicaLost as error:
             if now_s - self._answered_s > CONTROLLER_ABSENT_S:
                 raise Failed(str(error)) from error
             log.warning("%s", error)
-        for replica in self._latest:
-            if replica.state is ReplicaState.DEAD:
-                raise Failed(f"{replica.replica_id}: {replica.reason}")
+            return self._latest
+        if view.hopeless:
+            raise Failed(view.hopeless)
+        self._say(view.replicas)
+        self._answered_s, self._latest, self.settled = now_s, view.replicas, view.settled
         return self._latest
+
+    def _say(self, replicas: tuple[ReplicaView, ...]) -> None:
+        before = {replica.replica_id: replica for replica in self._latest}
+        for replica in replicas:
+            was = before.get(replica.replica_id)
+            if was is not None and (was.epoch, was.state) != (replica.epoch, replica.state):
+                level = logging.WARNING if replica.state in (ReplicaState.DEAD, ReplicaState.SUSPECT) else logging.INFO
+                log.log(level, "%s is %s%s", replica.replica_id, replica.state, f": {replica.reason}" if replica.reason else "")
 
 
 class _LoadingBar:
@@ -186,7 +215,7 @@ class _LoadingBar:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, replicas: list[ReplicaStatus]) -> None:
+    def show(self, replicas: tuple[ReplicaView, ...]) -> None:
         """Draws what the replicas have loaded so far, and says what they wait for."""
         waits_for = next((r.reason for r in replicas if r.reason), "")
         if waits_for != self._said:

@@ -1,91 +1,198 @@
-"""The controller's table: lives and epochs, routing, leases, and what is said when resources are missing."""
+"""The controller's table: lives and epochs, silence, restarts with backoff, what is hopeless, leases."""
 
 from __future__ import annotations
 
 import pytest
 
-from quire.cluster.controller import Controller, ReplicaState, Report, missing_resources
-from quire.cluster.messages import Route
-from quire.worker.protocol import EngineStats, ModelInfo, ReplicaLost
+from quire.cluster.controller import SILENCE_S, START_ATTEMPTS, SUSPECT_S, Controller, Rank, ReplicaState, Report
+from quire.worker.protocol import ModelInfo, ReplicaLoad
 
 INFO = ModelInfo("m", "/m", 128, 64, (2,), 0)
+LOAD = ReplicaLoad(1, 0, 8, 4, 0, 4, 0, 0, 0, 0, 0.0, 0.0, 1)
+START_TIMEOUT_S = 100.0
+A, B = "replica-0", "replica-1"
 
 
-def stats(running: int = 0, waiting: int = 0) -> EngineStats:
-    return EngineStats(0, running, waiting, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0.0)
+def report(replica_id: str, epoch: int, *, ready: bool = True, failure: str | None = None) -> Report:
+    return Report(replica_id, epoch, 17, "n", 0, 0, {}, failure, INFO if ready else None, None)
 
 
-def report(replica_id: str, epoch: int, *, ready: bool = True, failure: str | None = None, running: int = 0) -> Report:
-    return Report(replica_id, epoch, 1, 0, 0, {}, failure, INFO if ready else None, stats(running) if ready else None)
+def table(replicas: int = 1) -> Controller:
+    return Controller(replicas, START_TIMEOUT_S)
 
 
-def state(controller: Controller, replica_id: str = "a") -> ReplicaState:
-    return next(r.state for r in controller.replicas() if r.replica_id == replica_id)
+def ready(controller: Controller, replica_id: str = A, now_s: float = 0.0, now_ms: int = 1000) -> int:
+    epoch = controller.begin(replica_id, now_ms, now_s)
+    assert controller.reported(report(replica_id, epoch), now_s)
+    return epoch
 
 
-def test_nothing_is_routed_before_a_replica_is_ready_or_after_it_died() -> None:
-    controller = Controller()
-    epoch = controller.begin("a", 1000)
-    controller.reported(report("a", epoch, ready=False))
-    with pytest.raises(ReplicaLost):
-        controller.admit(1)
-    controller.reported(report("a", epoch))
-    assert controller.admit(1) == Route("a", epoch)
-    controller.died("a", epoch, "killed")
-    with pytest.raises(ReplicaLost):
-        controller.admit(1)
-    controller.reported(report("a", epoch))  # a last word that was under way
-    assert state(controller) is ReplicaState.DEAD
+def states(controller: Controller) -> list[ReplicaState]:
+    return [r.state for r in controller.replicas()]
+
+
+def test_every_replica_is_due_at_once_and_a_begun_one_is_not_due_again() -> None:
+    controller = table(2)
+    assert controller.due(0.0) == [A, B]
+    controller.begin(A, 1000, 0.0)
+    assert controller.due(50.0) == [B]
+
+
+def test_a_life_starts_becomes_ready_and_dies_and_a_last_word_of_it_changes_nothing() -> None:
+    controller = table()
+    epoch = controller.begin(A, 1000, 0.0)
+    assert not controller.reported(report(A, epoch, ready=False), 1.0)
+    assert controller.serving() == []
+    assert controller.reported(report(A, epoch), 2.0)
+    assert not controller.reported(report(A, epoch), 3.0)  # known by now
+    assert [r.replica_id for r in controller.serving()] == [A]
+    assert controller.died(A, epoch, "killed", 4.0)
+    assert not controller.died(A, epoch, "late news", 4.0)
+    assert not controller.reported(report(A, epoch), 4.0)
+    assert controller.serving() == []
+    assert [(r.state, r.reason) for r in controller.replicas()] == [(ReplicaState.DEAD, "killed")]
 
 
 def test_epochs_grow_even_when_the_clock_does_not() -> None:
-    controller = Controller()
-    first = controller.begin("a", 1000)
-    assert controller.begin("a", 1000) == first + 1
-    assert controller.begin("a", 500) == first + 2
-    assert controller.begin("a", 5000) == 5000
+    controller = table()
+    first = controller.begin(A, 1000, 0.0)
+    assert controller.begin(A, 1000, 0.0) == first + 1
+    assert controller.begin(A, 500, 0.0) == first + 2
+    assert controller.begin(A, 5000, 0.0) == 5000
 
 
 def test_a_stale_life_neither_reports_nor_kills() -> None:
-    controller = Controller()
-    old = controller.begin("a", 1000)
-    new = controller.begin("a", 2000)
-    controller.reported(report("a", old))
-    assert state(controller) is ReplicaState.STARTING
-    controller.reported(report("a", new))
-    controller.died("a", old, "late news")
-    assert controller.admit(1).epoch == new
+    controller = table()
+    old = controller.begin(A, 1000, 0.0)
+    new = controller.begin(A, 2000, 0.0)
+    assert not controller.reported(report(A, old), 1.0)
+    assert not controller.died(A, old, "late news", 1.0)
+    assert states(controller) == [ReplicaState.STARTING]
+    assert controller.reported(report(A, new), 1.0)
+    assert (controller.lives(A, old), controller.lives(A, new)) == (False, True)
 
 
-def test_the_table_is_rebuilt_from_reports() -> None:
-    controller = Controller()
-    controller.reported(report("a", 7))
-    controller.reported(report("b", 9, ready=False))
-    assert controller.admit(1) == Route("a", 7)
-    assert state(controller, "b") is ReplicaState.STARTING
-    assert controller.begin("a", 1) == 8
+def test_what_another_controller_started_is_adopted_but_not_what_is_stale_or_not_ours() -> None:
+    controller = table(2)
+    assert controller.adopt(A, 7, 0.0)
+    assert not controller.adopt(A, 6, 0.0)
+    assert not controller.adopt("replica-9", 8, 0.0)
+    assert controller.due(0.0) == [B]
+    assert controller.reported(report(A, 7), 0.0)
+    assert controller.begin(A, 1, 0.0) == 8
 
 
-def test_a_failure_kills_and_the_first_reason_stays() -> None:
-    controller = Controller()
-    epoch = controller.begin("a", 1)
-    controller.reported(report("a", epoch, ready=False, failure="no such model"))
-    controller.died("a", epoch, "exit 1")
-    assert [(r.state, r.reason) for r in controller.replicas()] == [(ReplicaState.DEAD, "no such model")]
+def test_a_dead_replica_is_due_again_after_a_delay_that_doubles_until_it_was_healthy_for_a_minute() -> None:
+    controller = table()
+    now_s, delays = 0.0, []
+    for _ in range(9):
+        epoch = ready(controller, now_s=now_s)
+        now_s += 1.0
+        controller.died(A, epoch, "killed", now_s)
+        start_at_s = controller.replicas()[0].start_at_s
+        assert start_at_s is not None
+        assert controller.due(start_at_s - 0.01) == []
+        assert controller.due(start_at_s) == [A]
+        delays.append(start_at_s - now_s)
+        now_s = start_at_s
+    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    epoch = ready(controller, now_s=now_s)
+    controller.died(A, epoch, "killed", now_s + 60.0)
+    assert controller.replicas()[0].start_at_s == now_s + 60.5
 
 
-def test_the_least_loaded_gets_it_and_a_burst_does_not_pile_up() -> None:
-    controller = Controller()
-    controller.reported(report("a", 1, running=2))
-    controller.reported(report("b", 1, running=0))
-    assert [controller.admit(1).replica_id for _ in range(4)] == ["b", "b", "a", "b"]
-    controller.reported(report("a", 1, running=9))
-    controller.reported(report("b", 1, running=4))
-    assert controller.admit(1).replica_id == "b"
+def test_an_operator_need_not_wait() -> None:
+    controller = table()
+    epoch = ready(controller)
+    controller.hurry(A, 5.0)  # it lives: nothing to hurry
+    assert controller.due(100.0) == []
+    controller.died(A, epoch, "restarted by an operator", 5.0)
+    controller.hurry(A, 5.0)
+    assert controller.due(5.0) == [A]
+
+
+def test_silence_makes_suspect_then_dead_and_a_word_makes_well_again() -> None:
+    controller = table()
+    epoch = ready(controller, now_s=0.0)
+    controller.silent(SUSPECT_S)
+    assert states(controller) == [ReplicaState.READY]
+    controller.silent(SUSPECT_S + 0.1)
+    assert states(controller) == [ReplicaState.SUSPECT]
+    assert [r.replica_id for r in controller.serving()] == [A]  # its streams may yet go on
+    controller.heard(A, epoch, 10.0, LOAD)
+    assert states(controller) == [ReplicaState.READY]
+    assert controller.replicas()[0].load == LOAD
+    controller.silent(10.0 + SUSPECT_S + 0.1)
+    controller.silent(10.0 + SILENCE_S)
+    assert states(controller) == [ReplicaState.SUSPECT]
+    controller.silent(10.0 + SILENCE_S + 0.1)
+    assert states(controller) == [ReplicaState.DEAD]
+    assert controller.replicas()[0].start_at_s == 10.0 + SILENCE_S + 0.1 + 0.5
+
+
+def test_a_start_that_takes_too_long_is_given_up_and_says_what_it_waited_for() -> None:
+    controller = table()
+    epoch = controller.begin(A, 1000, 5.0)
+    controller.waits(A, epoch, "waiting for 1 GPU")
+    controller.silent(5.0 + START_TIMEOUT_S)
+    assert states(controller) == [ReplicaState.STARTING]
+    controller.silent(5.0 + START_TIMEOUT_S + 0.1)
+    assert controller.replicas()[0].reason == "was not ready within 100 s (waiting for 1 GPU)"
+
+
+def test_it_is_settled_when_every_replica_was_ready_or_failed_once() -> None:
+    controller = table(2)
+    assert not controller.settled()
+    ready(controller, A)
+    epoch = controller.begin(B, 1000, 0.0)
+    assert not controller.settled()
+    controller.died(B, epoch, "no place", 1.0)
+    assert controller.settled()
+    controller.begin(B, 1000, 2.0)
+    assert controller.settled()
+
+
+def test_a_model_that_cannot_be_loaded_is_hopeless_at_the_first_attempt() -> None:
+    controller = table(2)
+    for replica_id in (A, B):
+        assert controller.hopeless() == ""
+        epoch = controller.begin(replica_id, 1000, 0.0)
+        controller.reported(report(replica_id, epoch, ready=False, failure="no such model"), 1.0)
+        controller.died(replica_id, epoch, "exit 1", 1.0)  # the first reason stays
+    assert controller.hopeless() == "replica-0: no such model"
+
+
+def test_there_is_hope_while_one_serves_and_for_some_attempts_after() -> None:
+    controller = table(2)
+    epoch_a, epoch_b = ready(controller, A), ready(controller, B)
+    now_s = 0.0
+    for _ in range(2 * START_ATTEMPTS):
+        controller.died(B, epoch_b, "killed", now_s)
+        epoch_b = controller.begin(B, 1000, now_s)
+        controller.reported(report(B, epoch_b, ready=False, failure="out of memory"), now_s)
+    assert controller.hopeless() == ""
+    controller.died(A, epoch_a, "killed", now_s)
+    for attempt in range(START_ATTEMPTS):
+        assert controller.hopeless() == ""
+        epoch_a = controller.begin(A, 1000 + attempt, now_s)
+        controller.reported(report(A, epoch_a, ready=False, failure="out of memory"), now_s)
+    assert controller.hopeless() == "replica-0: out of memory"
+    ready(controller, A)
+    assert controller.hopeless() == ""
+
+
+def test_who_runs_the_ranks_is_known_for_as_long_as_they_live() -> None:
+    controller = table()
+    epoch = ready(controller)
+    controller.rank_reported(A, epoch, Rank(1, 18, "n"))
+    controller.rank_reported(A, epoch - 1, Rank(2, 19, "n"))
+    assert controller.replicas()[0].ranks == {0: Rank(0, 17, "n"), 1: Rank(1, 18, "n")}
+    controller.died(A, epoch, "killed", 1.0)
+    assert controller.replicas()[0].ranks == {}
 
 
 def test_the_cluster_is_wanted_while_somebody_holds_a_lease() -> None:
-    controller = Controller()
+    controller = table()
     assert not controller.wanted(0.0)
     controller.renew("x", 10.0)
     controller.renew("y", 20.0)
@@ -96,15 +203,6 @@ def test_the_cluster_is_wanted_while_somebody_holds_a_lease() -> None:
     assert controller.wanted(29.0)
 
 
-@pytest.mark.parametrize(
-    ("demand", "nodes", "said"),
-    [
-        ({"CPU": 1, "GPU": 1}, [{"CPU": 8}], "1 GPU (the largest node has 0)"),
-        ({"CPU": 4}, [{"CPU": 2}, {"CPU": 3}], "4 CPU (the largest node has 3)"),
-        ({"CPU": 4, "GPU": 1}, [{"CPU": 4}, {"CPU": 1, "GPU": 1}], "one node with 4 CPU, 1 GPU"),
-        ({"CPU": 1}, [], "1 CPU (the largest node has 0)"),
-        ({"CPU": 2}, [{"CPU": 2}], ""),
-    ],
-)
-def test_missing_resources_are_named(demand: dict[str, float], nodes: list[dict[str, float]], said: str) -> None:
-    assert missing_resources(demand, nodes) == said
+@pytest.mark.parametrize("replicas", [0, 3])
+def test_the_replicas_are_numbered(replicas: int) -> None:
+    assert [r.replica_id for r in table(replicas).replicas()] == [f"replica-{i}" for i in range(replicas)]

@@ -47,7 +47,7 @@ class Serve:
 
     def __init__(self, log: Path, *flags: str) -> None:
         self._log = log
-        command = [sys.executable, "-m", "quire.deploy.cli", "serve", "--port", "0", *flags]
+        command = [sys.executable, "-m", "quire.deploy.cli", "serve", "--port", "0", "--admin-port", "0", *flags]
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, cwd=log.parent, env=dict(os.environ)

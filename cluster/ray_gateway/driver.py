@@ -1,0 +1,136 @@
+"""What a command line uses of the cluster: Ray itself, the controller and a lease on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ...worker.config import QuireOptions
+from ...worker.protocol import ReplicaLost
+from ..controller import ReplicaState
+from ..tenants import TenantLimits
+from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, first_line, remote_class
+from .controller_actor import MAX_CONCURRENCY, ControllerActor
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 150 * 2**20  # nothing large goes through it
+CONTROLLER_TIMEOUT_S = 60.0  # to be placed and started
+LOCAL_CPUS = 4  # at least; they are only Ray's bookkeeping
+HASH_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """How one replica stands."""
+
+    replica_id: str
+    epoch: int
+    state: ReplicaState
+    reason: str
+    loaded: int
+    to_load: int
+    phases: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """How the replicas stand.
+
+    Attributes:
+        replicas: each of them.
+        settled: each is ready, or has failed to become so.
+        hopeless: why none can be started; empty while there is hope.
+    """
+
+    replicas: tuple[ReplicaView, ...]
+    settled: bool
+    hopeless: str
+
+
+class Cluster:
+    """Ray, the controller and the lease on it, from the driver's side. Blocking calls, each with a time-out."""
+
+    def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...] = ()) -> None:
+        """Starts a local Ray, or joins the one at `ray_address`. From the main thread: Ray's processes die with the thread."""
+        self._options = options = with_threads(options, len(os.sched_getaffinity(0)))
+        self._holder = f"{os.uname().nodename}-{os.getpid()}"
+        start_ray(options)
+        actor = remote_class(
+            ControllerActor,
+            name=CONTROLLER_NAME,
+            namespace=options.cluster.namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=MAX_CONCURRENCY,
+        )
+        self._controller = actor.remote(options, tenants, secrets.token_bytes(HASH_KEY_BYTES))
+
+    def check(self) -> None:
+        """Waits for the controller.
+
+        Raises:
+            ValueError: a controller of this namespace was there already, and serves something else.
+        """
+        theirs: QuireOptions = ray.get(self._controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
+        if theirs.engine != self._options.engine:
+            raise ValueError(f"namespace {self._options.cluster.namespace!r} of this Ray cluster already serves another configuration")
+
+    def view(self) -> ClusterView:
+        """The replicas, at last word. Renews this driver's lease.
+
+        Raises:
+            ReplicaLost: the controller does not answer.
+        """
+        try:
+            raw: dict[str, Any] = ray.get(self._controller.view.remote(self._holder), timeout=CALL_TIMEOUT_S)
+        except RayError as error:
+            raise ReplicaLost(f"the controller does not answer: {first_line(error)}") from error
+        rows = tuple(ReplicaView(id_, epoch, ReplicaState(state), *rest) for id_, epoch, state, *rest in raw["replicas"])
+        return ClusterView(rows, raw["settled"], raw["hopeless"])
+
+    def close(self) -> None:
+        """Takes away what this driver brought: replicas and controller if nobody else holds them, and a local Ray."""
+        try:
+            if ray.get(self._controller.release.remote(self._holder), timeout=CALL_TIMEOUT_S):
+                ray.kill(self._controller)
+        except RayError as error:
+            log.warning("the controller could not be told to stop: %s", first_line(error))
+        ray.shutdown()
+
+
+def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
+    """The ranks of a local Ray share the cores of this machine: more threads than cores would slow each other down many times."""
+    model = options.engine.model
+    if options.cluster.ray_address is not None or model.threads is not None:
+        return options
+    ranks = options.cluster.replicas * options.engine.parallel.tp
+    shared = replace(model, threads=max(1, cores // ranks))
+    return replace(options, engine=replace(options.engine, model=shared)) if ranks > 1 else options
+
+
+def start_ray(options: QuireOptions) -> None:
+    """Makes this process a driver of a new local Ray, or of the cluster at `ray_address`.
+
+    Local means local: a Ray that happens to run on this machine is left alone. Token authentication is Ray's default
+    there; a cluster's own settings decide for a cluster.
+    """
+    if options.cluster.ray_address is not None:
+        ray.init(address=options.cluster.ray_address, namespace=options.cluster.namespace, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        namespace=options.cluster.namespace,
+        num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1, options.cluster.replicas * options.engine.parallel.tp),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+    )

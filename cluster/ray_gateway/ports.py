@@ -1,0 +1,155 @@
+"""What an ingress and the admin API call: the controller and the replicas behind the ports that pure code is written against."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import ray
+
+from ...worker.actor import raise_reply
+from ...worker.config import QuireOptions
+from ...worker.protocol import ModelInfo, ReplicaLost
+from ..admin import ClusterStatus, Figures, IngressStatus, PageCounts, RankStatus, ReplicaRow, RequestRow, UnknownReplica
+from ..admissions import ADMIT_POLL_S
+from ..journal import Owner
+from ..messages import AdmitRequest, Route
+from ..remote_client import IngressOptions, RemoteEngineClient, Serving
+from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, LifeName, answer
+
+SUBMIT_TIMEOUT_S = 65.0  # above the replica's own
+SILENCE_S = 600.0  # a replica sends twice a second between steps; no step may last longer
+UNREAD_ITEMS = 16  # frames that Ray may hold for an ingress; more wait, and are joined, in the replica's outbox
+
+
+def connect(options: QuireOptions, ingress_id: str) -> RemoteEngineClient:
+    """The engine of a namespace as an ingress sees it, for the event loop that calls `start` on it.
+
+    Raises:
+        ValueError: there is no controller.
+    """
+    namespace, engine = options.cluster.namespace, options.engine
+    ingress = IngressOptions(ingress_id, engine.model.seed, engine.limits, engine.cache.prefix_cache)
+
+    def replica(owner: Owner) -> _ReplicaPort:
+        try:
+            return _ReplicaPort(ray.get_actor(str(LifeName(owner.replica_id, owner.epoch)), namespace), owner.epoch)
+        except ValueError:
+            raise ReplicaLost(f"{owner.replica_id} is gone") from None
+
+    return RemoteEngineClient(_ControllerPort(_controller(namespace)), replica, time.monotonic, ingress)
+
+
+class Registration:
+    """An ingress, as the controller knows it."""
+
+    def __init__(self, namespace: str, ingress_id: str, pid: int) -> None:
+        """Raises ValueError when there is no controller."""
+        self._handle = _controller(namespace)
+        self._who = (ingress_id, pid)
+
+    async def renew(self) -> str:
+        """The ingress is alive. Returns how much it is to log; ReplicaLost when the controller does not answer."""
+        level: str = await answer(self._handle.register.remote(*self._who))
+        return level
+
+
+class AdminPort:
+    """`cluster.admin.AdminPort` of a namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        """Raises ValueError when there is no controller."""
+        self._handle = _controller(namespace)
+
+    async def status(self) -> ClusterStatus:
+        """As the protocol says; so below."""
+        raw = await answer(self._handle.status.remote())
+        return ClusterStatus(
+            raw["controller_pid"],
+            tuple(IngressStatus(*row) for row in raw["ingresses"]),
+            tuple(_replica_row(*row) for row in raw["replicas"]),
+            tuple(RequestRow(*row) for row in raw["requests"]),
+            Figures(**raw["figures"]),
+        )
+
+    async def page_maps(self) -> dict[str, bytes]:
+        """Replica id -> a byte for each page."""
+        maps: dict[str, bytes] = await answer(self._handle.page_maps.remote())
+        return maps
+
+    async def restart(self, replica_id: str) -> None:
+        """Ends this life of a replica and starts another."""
+        if not await answer(self._handle.restart.remote(replica_id)):
+            raise UnknownReplica(replica_id)
+
+    async def set_log_level(self, level: str) -> None:
+        """In every process of the cluster."""
+        await answer(self._handle.set_log_level.remote(level))
+
+
+class _ControllerPort:
+    """`cluster.remote_client.ControllerPort`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def serving(self) -> tuple[bytes, list[Serving]]:
+        key, rows = await answer(self._handle.serving.remote())
+        return key, [Serving(replica_id, epoch, ModelInfo(*info)) for replica_id, epoch, info in rows]
+
+    async def admit(self, request: AdmitRequest) -> Route | None:
+        reply = await answer(self._handle.admit.remote(tuple(request)), ADMIT_POLL_S + CALL_TIMEOUT_S)
+        match reply:
+            case ("queued",):
+                return None
+            case ("route", str(replica_id), int(epoch)):
+                return Route(replica_id, epoch)
+        raise_reply(reply)
+        raise ReplicaLost(f"the controller said {reply!r}")
+
+    def withdraw(self, request_id: str) -> None:
+        self._handle.withdraw.remote(request_id)
+
+
+class _ReplicaPort:
+    """`cluster.remote_client.ReplicaPort`."""
+
+    def __init__(self, handle: Any, epoch: int) -> None:
+        self._handle = handle
+        self._epoch = epoch
+
+    async def frames(self, connection: str) -> AsyncGenerator[list[bytes], None]:
+        stream: Any = self._handle.frames.options(num_returns="streaming", _generator_backpressure_num_objects=UNREAD_ITEMS).remote(
+            connection
+        )
+        try:
+            while True:
+                try:
+                    ref = await asyncio.wait_for(anext(stream), SILENCE_S)
+                except StopAsyncIteration:
+                    return
+                yield await answer(ref)
+        except TimeoutError:
+            raise ReplicaLost(f"no frame came for {SILENCE_S:g} s") from None
+        finally:
+            ray.cancel(stream)
+
+    async def submit(self, connection: str, data: bytes) -> None:
+        raise_reply(await answer(self._handle.submit.remote(connection, self._epoch, data), SUBMIT_TIMEOUT_S))
+
+    def abort(self, request_id: str, attempt: int, choice: int | None) -> None:
+        self._handle.abort.remote(self._epoch, request_id, choice, attempt)
+
+    def renew(self, connection: str) -> None:
+        self._handle.renew.remote(connection)
+
+
+def _controller(namespace: str) -> Any:
+    return ray.get_actor(CONTROLLER_NAME, namespace)
+
+
+def _replica_row(*fields: Any) -> ReplicaRow:
+    row = ReplicaRow(*fields)
+    return row._replace(ranks=tuple(RankStatus(*rank) for rank in row.ranks), pages=PageCounts(*row.pages))
