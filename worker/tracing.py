@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,7 +19,7 @@ Attributes = Mapping[str, Any]
 
 
 def check_tracing(endpoint: str) -> None:
-    """Refuses what could not work; cheap, so that it can be said before anything is started.
+    """Refuses what could not work.
 
     Raises:
         ValueError: not an HTTP URL, or OpenTelemetry is not installed.
@@ -28,9 +27,11 @@ def check_tracing(endpoint: str) -> None:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--otlp-endpoint: {endpoint!r} is not a URL such as http://127.0.0.1:4318")
-    for package in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.exporter.otlp.proto.http"):
-        if find_spec(package) is None:
-            raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'quire[otel]'")
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--otlp-endpoint needs OpenTelemetry: pip install 'quire[otel]' ({error})") from None
 
 
 class Tracing:
@@ -117,21 +118,21 @@ class SequenceSpans:
         self._by_choice: dict[tuple[str, int], _Stages] = {}
         self._waiting: dict[int, _Stages] = {}  # by number of the sequence: not computed yet
 
-    def submitted(self, request: GenerateRequest, sequences: Iterable[tuple[int, int]]) -> None:
-        """(number, choice) of the sequences that a request has started."""
+    def submitted(self, request: GenerateRequest, choices: Mapping[int, int]) -> None:
+        """A request has come; `choices` are number -> choice of its sequences."""
         now_ns = time.time_ns()
-        for seq, choice in sequences if request.trace else ():
+        for seq, choice in choices.items() if request.trace else ():
             self._waiting[seq] = self._by_choice[request.request_id, choice] = _Stages(request, choice, now_ns)
 
-    def stepped(self, begun_ns: int, started: Iterable[int], outputs: Iterable[SequenceOutput]) -> None:
-        """A step that began at `begun_ns` took the sequences `started` (numbers) in, and gave `outputs`."""
-        for seq in started if self._waiting else ():
-            stages = self._waiting.pop(seq, None)
-            if stages is not None:
-                stages.started_ns = begun_ns
+    def stepped(self, started: Iterable[int], outputs: Iterable[SequenceOutput], took_s: float) -> None:
+        """A step of so many seconds, which has ended now, took the sequences `started` (numbers) in, and gave `outputs`."""
         if not self._by_choice:
             return
         now_ns = time.time_ns()
+        for seq in started if self._waiting else ():
+            stages = self._waiting.pop(seq, None)
+            if stages is not None:
+                stages.started_ns = max(stages.came_ns, now_ns - int(took_s * 1e9))
         for output in outputs:
             found = self._by_choice.get((output.request_id, output.choice))
             if found is not None:
