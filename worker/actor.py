@@ -10,22 +10,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from .config import EngineOptions
-from .engine import Engine, Progress, build_engine
+from .engine import Engine, build_engine
 from .engine_loop import EngineLoop
 from .logs import LogSetup, start_logging
 from .outbox import Outbox
+from .plan import MemoryBytes
 from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
+from .rendezvous import LOOPBACK, address_of, listen
+from .tracing import SequenceSpans, Tracing
+from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from .parallel import RankGroup
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +88,10 @@ class ReplicaActor:
         replica_id, epoch: who it is; requests for another epoch are refused.
         options: what to serve.
         hash_key: secret of the page hashes, the same in the whole cluster.
-        log_level: sets up the logging of this process; None leaves it alone.
-        build: makes the engine (in a thread; the actor answers meanwhile).
+        log_level, log_format: set up the logging of this process; None leaves it alone.
+        otlp_endpoint: collector of traces, if there is one.
+        span_nodes: its ranks may be on other machines; else they talk over the loopback interface alone.
+        build: makes the engine (in a thread; the actor answers meanwhile); the group of ranks is a keyword when there are several.
         die: ends the process with an exit code.
     """
 
@@ -92,14 +102,18 @@ class ReplicaActor:
         options: EngineOptions,
         hash_key: bytes,
         log_level: str | None = None,
-        build: Callable[[EngineOptions, bytes, Progress], Engine] = build_engine,
+        log_format: str = "text",
+        span_nodes: bool = False,
+        otlp_endpoint: str | None = None,
+        build: Callable[..., Engine] = build_engine,
         die: Callable[[int], None] = os._exit,
     ) -> None:
         if log_level is not None:
-            start_actor_logging(log_level)
+            start_actor_logging(log_level, log_format, replica=replica_id, epoch=epoch)
         self._replica_id = replica_id
         self._epoch = epoch
         self._options = options
+        self._otlp_endpoint = otlp_endpoint
         self._hash_key = hash_key
         self._make_engine = build
         self._die = die
@@ -107,8 +121,12 @@ class ReplicaActor:
         self._phases: dict[str, float] = {}
         self._failure: str | None = None
         self._engine: Engine | None = None
+        self._memory = MemoryBytes(0, 0)
         self._loop: EngineLoop | None = None
         self._outboxes: dict[str, Outbox] = {}
+        host = ray.util.get_node_ip_address() if span_nodes else LOOPBACK  # type: ignore[no-untyped-call]
+        self._listener = listen(host) if options.parallel.tp > 1 else None
+        self._address = address_of(self._listener) if self._listener else ""
         threading.Thread(target=self._build, name="build", daemon=True).start()
 
     @ray.method(concurrency_group="control")
@@ -117,7 +135,7 @@ class ReplicaActor:
 
         Keys: replica_id, epoch, pid, node; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
         why this replica never became ready, or died); step_s (how long the step has taken so far that is being computed now);
-        info and stats (fields in order; None until ready).
+        info and stats (fields in order; None until ready); weight_bytes and pool_bytes (of rank 0; 0 until ready).
         """
         loop = self._loop
         return {
@@ -132,7 +150,14 @@ class ReplicaActor:
             "step_s": loop.step_s() if loop else 0.0,
             "info": tuple(self._engine.info) if self._engine and loop else None,
             "stats": tuple(loop.stats()) if loop else None,
+            "weight_bytes": self._memory.weights,
+            "pool_bytes": self._memory.pool,
         }
+
+    @ray.method(concurrency_group="control")
+    async def rendezvous(self) -> str:
+        """The "host:port" at which the other ranks of this replica join; "" when it has none."""
+        return self._address
 
     @ray.method(concurrency_group="control")
     async def set_log_level(self, level: str) -> None:
@@ -202,7 +227,7 @@ class ReplicaActor:
             self._loop.abort(request_id, choice, attempt)
 
     @ray.method(concurrency_group="frames")
-    async def frames(self, connection: str) -> AsyncIterator[list[bytes]]:
+    async def frames(self, connection: str) -> AsyncGenerator[list[bytes], None]:
         """The frames for one connection, from number 0 on, for as long as it is read; several at once when the reader is slow.
 
         When the reading ends, the connection's requests are aborted.
@@ -244,14 +269,29 @@ class ReplicaActor:
 
             self._phases["import torch"] = time.monotonic() - started_s
             loading_s = time.monotonic()
-            self._engine = self._make_engine(self._options, self._hash_key, self._progress)
+            ranks = {"group": self._lead(self._listener)} if self._listener else {}
+            self._engine = self._make_engine(self._options, self._hash_key, self._progress, **ranks)
+            self._memory = self._engine.runner.memory_bytes()
             self._phases["load model"] = time.monotonic() - loading_s
+            if self._otlp_endpoint is not None:
+                self._engine.spans = SequenceSpans(Tracing(self._otlp_endpoint, {"service.instance.id": self._replica_id}))
             loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died)
             loop.start()
             self._loop = loop
+            Watchdog(self._options.parallel.step_timeout_s, loop.step_s, self._hung)
         except Exception as error:  # the process outlives it, to say why
             log.debug("building the engine failed", exc_info=True)
             self._failure = str(error) or repr(error)
+
+    def _lead(self, listener: socket.socket) -> RankGroup:
+        from .build import device_of
+        from .parallel import lead
+
+        parallel, device = self._options.parallel, device_of(self._options.model)
+        return lead(listener, parallel.tp, parallel.step_timeout_s, self._hung, device)
+
+    def _hung(self, why: str) -> None:
+        self._died(TimeoutError(why))
 
     def _progress(self, done: int, total: int) -> None:
         self._loaded = (done, total)
@@ -261,7 +301,7 @@ class ReplicaActor:
         log.critical("%s: %s", self._replica_id, self._failure)
         for outbox in list(self._outboxes.values()):
             outbox.close(self._failure)
-        time.sleep(LAST_WORDS_S)  # this is the engine's thread: nothing runs on it any more
+        time.sleep(LAST_WORDS_S)  # this is the engine's thread, or a watcher's: nothing runs on it any more
         logging.shutdown()
         self._die(1)
 

@@ -13,7 +13,11 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from quire.cluster.stream import Owner, StreamTable, TableStream
+from quire.cluster.client import RecoveryStats
+from quire.cluster.journal import Abort, Ask, Command, Journal, Owner, Patience, Submit
+from quire.cluster.messages import Route
+from quire.cluster.remote_client import RemoteStream
+from quire.cluster.stream import StreamTable
 from quire.deploy.api.app import create_app
 from quire.deploy.api.context import Api
 from quire.deploy.api.http_server import server_config
@@ -23,7 +27,7 @@ from quire.worker.engine import Engine
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
-from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, TokenLogprob, unpack_frame
+from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, ReplicaLost, TokenLogprob, unpack_frame
 from quire.worker.scheduler import Scheduler
 from quire.worker.text.tokenizer import Tokenizer
 
@@ -51,7 +55,7 @@ class Count:
 
 
 class LoopClient:
-    """An `EngineClient` over an `EngineLoop` in this process: same frames, same stream table as over Ray."""
+    """An `EngineClient` over an `EngineLoop` in this process: same frames, same journals as over Ray, and no other replica to go on at."""
 
     def __init__(self, engine_loop: EngineLoop, info: ModelInfo) -> None:
         self._engine_loop = engine_loop
@@ -60,30 +64,38 @@ class LoopClient:
         self._loop = asyncio.get_running_loop()
         self._news = threading.Condition()
         self._beats = 0
-        self.table = StreamTable(self._abort, time.monotonic)
+        self.table = StreamTable()
         self.clock_ahead_s = 0.0
         self.on_submit: Callable[[], object] = lambda: None
         self.refuse_with: Exception | None = None
-        self.latest: tuple[GenerateRequest, TableStream] | None = None
+        self.latest: tuple[GenerateRequest, RemoteStream] | None = None
         self.submitted = Count()
         self.aborted = Count()
 
     def connect(self) -> None:
-        self.table.connect(self._owner)
+        self.table.connect("test", self._owner)
         self._engine_loop.subscribe("test", lambda frame: self._loop.call_soon_threadsafe(self._feed, frame))
 
-    async def submit(self, request: GenerateRequest) -> TableStream:
+    async def submit(self, request: GenerateRequest) -> RemoteStream:
         if self.refuse_with is not None:
             raise self.refuse_with
-        stream = self.table.register(request, self._owner)
+        door = Door.of(self._info, LimitOptions())
+        journal = Journal(door.check(request), door.longest, (), time.monotonic(), Patience())
+        journal.start(time.monotonic())
+        (submit,) = journal.routed(0, Route(*self._owner), time.monotonic())
+        assert isinstance(submit, Submit)
+        self.table.open(journal)
+        stream = RemoteStream(journal, self._do)
         self.latest = (request, stream)
         try:
-            answer = self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(request.to_wire()))
+            answer = self._engine_loop.submit_nowait("test", GenerateRequest.from_wire(submit.request.to_wire()))
             self.on_submit()
             await asyncio.wrap_future(answer)
         except BaseException:
-            self.table.withdraw(request.request_id)
+            journal.abort(None)
+            self.table.forget_ended(request.request_id)
             raise
+        journal.taken(self._owner, 0)
         self.submitted.add()
         return stream
 
@@ -94,11 +106,14 @@ class LoopClient:
         return self.table.stats()
 
     def silent_s(self) -> float:
-        return self.table.silent_s() + self.clock_ahead_s
+        return self.table.silent_s(time.monotonic()) + self.clock_ahead_s
+
+    def recovery(self) -> RecoveryStats:
+        return RecoveryStats()
 
     def lose_replica(self) -> None:
         """As if the replica had died; call `connect` to have it back."""
-        self.table.drop(self._owner, "it died")
+        self._do(self.table.drop("test", "it died", time.monotonic()))
 
     def wait_for(self, wanted: Callable[[EngineStats], bool]) -> EngineStats:
         """Blocks another thread until a heartbeat that was sent from now on satisfies `wanted`."""
@@ -115,13 +130,21 @@ class LoopClient:
 
     def _feed(self, frame: bytes) -> None:
         with self._news:
-            self.table.feed(frame)
+            self._do(self.table.feed("test", frame, time.monotonic()))
             self._beats += unpack_frame(frame).stats is not None
             self._news.notify_all()
 
-    async def _abort(self, _: Owner, request_id: str, choice: int | None) -> None:
-        self._engine_loop.abort(request_id, choice)
-        self.aborted.add()
+    def _do(self, commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Abort):
+                self._engine_loop.abort(command.request_id, command.choice, command.attempt)
+                self.aborted.add()
+                self.table.forget_ended(command.request_id)
+            elif isinstance(command, Ask):
+                journal = self.table.journal(command.request.request_id)
+                assert journal is not None
+                journal.refused(journal.attempt, ReplicaLost("it died"), time.monotonic())
+                self.table.forget_ended(journal.request_id)
 
 
 class ServerThread:

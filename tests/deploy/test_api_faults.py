@@ -21,7 +21,7 @@ LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 def is_clean(server: ServerThread) -> None:
     """Nothing runs, and no page is in use."""
     server.on_loop(server.api.lifecycle._idle.wait())
-    assert server.client.table.live() == 0
+    assert server.client.table.live() == []
     stats = server.client.wait_for(lambda stats: stats.running == 0 and stats.waiting == 0 and stats.pages_active == 0)
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 

@@ -105,7 +105,7 @@ def test_a_deadline_that_passes_after_the_headers_is_an_error_event(scripted: Se
         next(lines)
         assert scripted.client.latest is not None
         stream = scripted.client.latest[1]
-        scripted.call(lambda: stream.fail(DeadlineExceeded("it waited too long")))  # type: ignore[arg-type]
+        scripted.call(lambda: stream.journal.give_up(DeadlineExceeded("it waited too long")))
         *_, last = lines
     script.free()
     assert response.status_code == 200
