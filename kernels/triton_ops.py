@@ -1,0 +1,83 @@
+"""The Triton kernels as the decoder calls them: the functions of `reference`, for tensors on a CUDA device (or in the interpreter).
+
+Rows of one token go through the decode kernel, which splits long contexts over the chip, all others through the prefill kernel. In
+deterministic mode every row goes through the prefill kernel with one choice of tiles, and norms take one row a program, so that a
+token's bits depend neither on the batch nor on how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rms_norm as norm
+from . import rope_write
+from . import silu_mul as activation
+from .attention_tile import Scores
+from .layout import AttentionBatch
+from .paged_decode import paged_decode
+from .paged_prefill import PrefillLaunch, device_work, paged_prefill, prefill_launch
+
+FIXED_NORM = norm.NormLaunch(elements=1, num_warps=4)
+FIXED_ATTENTION = PrefillLaunch(block_m=16, block_n=32, num_warps=4, num_stages=2)
+
+
+class TritonOps:
+    """`worker.model.Ops` in Triton. One for a model: it keeps the latest batch's work lists between layers."""
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self._norm = FIXED_NORM if deterministic else None
+        self._attention = FIXED_ATTENTION if deterministic else None
+        self._batch: AttentionBatch | None = None
+        self._work: dict[tuple[int, int, int], Tensor] = {}
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `reference.rms_norm`."""
+        return norm.rms_norm(x, weight, eps, self._norm)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `reference.add_rms_norm`."""
+        return norm.add_rms_norm(x, residual, weight, eps, self._norm)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `reference.silu_mul`."""
+        return activation.silu_mul(gate_up)
+
+    def rope_and_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        pages: Tensor,
+        slots: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """See `reference.rope_and_write_kv`; a slot of -1 is padding."""
+        return rope_write.rope_and_write_kv(qkv, positions, cos_sin, pages, slots, num_heads, q_norm, k_norm, eps)
+
+    def paged_attention(self, q: Tensor, pages: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
+        """See `reference.paged_attention`; a row of kv_len 0 is padding and becomes zeros."""
+        scores = Scores(scale, sliding_window)
+        out = torch.empty_like(q)
+        decoded = 0 if self._attention is not None else batch.num_decode
+        if decoded:
+            paged_decode(q[:decoded], pages, batch.block_tables[:decoded], batch.kv_lens[:decoded], scores, out[:decoded])
+        if decoded < len(batch.row_lens):
+            launch = self._attention or prefill_launch(q, pages)
+            tile_queries = max(1, launch.block_m // (q.shape[1] // pages.shape[1]))
+            work = self._work_of(batch, decoded, tile_queries, scores.window, q.device)
+            paged_prefill(q, pages, batch, work, scores, out, launch=launch)
+        return out
+
+    def _work_of(self, batch: AttentionBatch, first_row: int, tile_queries: int, window: int, device: torch.device) -> Tensor:
+        """The work list, made once a batch: all layers of a kind share it."""
+        if batch is not self._batch:
+            self._batch = batch
+            self._work.clear()
+        key = (first_row, tile_queries, window)
+        if key not in self._work:
+            self._work[key] = device_work(batch, first_row, tile_queries, window, device)
+        return self._work[key]
