@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
 import pytest
 
-from quire.cluster.stream import Owner, StreamTable, TableStream
+from quire.cluster.journal import Abort, Ask, Command, Journal, Lost, Owner, Patience
+from quire.cluster.messages import Route
+from quire.cluster.stream import ABORT_AGAIN_S, StreamTable
 from quire.worker.protocol import (
     EngineStats,
     FinishReason,
@@ -25,191 +24,130 @@ STATS = EngineStats(3, 1, 0, 10, 5, 2, 3, 0, 7, 8, 0, 0, 0, {"recompute": 1}, 0.
 
 
 class Ingress:
-    """A table with its abort calls and its clock in plain sight."""
+    """A table with a connection to `ONE`, and requests that run there."""
 
     def __init__(self) -> None:
-        self.aborted: list[tuple[Owner, str, int | None]] = []
+        self.table = StreamTable()
+        self.table.connect("c", ONE)
         self.now_s = 100.0
-        self.table = StreamTable(self._abort, lambda: self.now_s)
-        self.table.connect(ONE)
-        self.numbers: dict[Owner, int] = {}
+        self.number = 0
 
-    async def _abort(self, owner: Owner, request_id: str, choice: int | None) -> None:
-        self.aborted.append((owner, request_id, choice))
+    def open(self, request_id: str = "r", n: int = 1, owner: Owner = ONE) -> Journal:
+        request = GenerateRequest(request_id, ((1, 2),), SamplingParams(n=n, max_tokens=9))
+        journal = Journal(request, lambda prompt_len: 100, (), self.now_s, Patience())
+        self.table.open(journal)
+        journal.start(self.now_s)
+        journal.routed(0, Route(*owner), self.now_s)
+        journal.taken(owner, 0)
+        return journal
 
-    def open(self, request_id: str = "r", n: int = 1, prompts: int = 1) -> TableStream:
-        return self.table.register(GenerateRequest(request_id, ((1, 2),) * prompts, SamplingParams(n=n)), ONE)
-
-    def feed(self, *outputs: SequenceOutput, owner: Owner = ONE, number: int | None = None, stats: EngineStats | None = None) -> None:
-        number = self.numbers.get(owner, 0) if number is None else number
-        self.numbers[owner] = number + 1
-        self.table.feed(pack_frame(Frame(owner.replica_id, owner.epoch, number, outputs, stats)))
-
-
-def run(scenario: Callable[[Ingress], object]) -> None:
-    async def main() -> None:
-        await asyncio.wait_for(scenario(Ingress()), 10)  # type: ignore[arg-type]
-
-    asyncio.run(main())
+    def feed(self, *outputs: SequenceOutput, number: int | None = None, stats: EngineStats | None = None) -> list[Command]:
+        number = self.number if number is None else number
+        self.number = number + 1
+        return self.table.feed("c", pack_frame(Frame(*ONE, number, outputs, stats)), self.now_s)
 
 
-async def collect(stream: TableStream) -> dict[int, list[int]]:
-    """Tokens by choice; checks that every output goes on exactly where the last one of its choice ended."""
-    tokens: dict[int, list[int]] = {}
-    async for output in stream:
-        have = tokens.setdefault(output.choice, [])
-        assert output.index == len(have)
-        have.extend(output.tokens)
-    return tokens
+@pytest.fixture
+def ingress() -> Ingress:
+    return Ingress()
 
 
-def test_choices_are_kept_apart_and_the_stream_ends_with_the_last_of_them() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open(n=2)
-        reader = asyncio.create_task(collect(stream))
-        await asyncio.sleep(0)
-        ingress.feed(SequenceOutput("r", 0, 0, (5,)), SequenceOutput("r", 1, 0, (6,)))
-        await asyncio.sleep(0)
-        ingress.feed(SequenceOutput("r", 0, 1, (7,), FinishReason.LENGTH), SequenceOutput("other", 0, 0, (9,)))
-        assert ingress.table.live() == 1
-        ingress.feed(SequenceOutput("r", 1, 1, (8,), FinishReason.STOP))
-        assert await reader == {0: [5, 7], 1: [6, 8]}
-        assert ingress.table.live() == 0
-
-    run(scenario)
+def tokens(journal: Journal) -> dict[int, tuple[int, ...]]:
+    return {choice: output.tokens for choice, output in journal.unread.items()}
 
 
-def test_unread_outputs_are_merged_into_one_for_each_choice() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open()
-        lps = [TokenLogprob(t, -0.5, ((t, -0.5),)) for t in (5, 6)]
-        ingress.feed(SequenceOutput("r", 0, 0, (5,), cached_tokens=32, logprobs=(lps[0],), prompt_logprobs=(lps[1],)))
-        ingress.feed(SequenceOutput("r", 0, 1, (6,), FinishReason.STOP, 6, logprobs=(lps[1],)))
-        whole = await anext(stream)
-        assert whole == SequenceOutput("r", 0, 0, (5, 6), FinishReason.STOP, 6, 32, tuple(lps), (lps[1],))
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
-
-    run(scenario)
+def test_choices_are_kept_apart_and_the_request_ends_with_the_last_of_them(ingress: Ingress) -> None:
+    journal = ingress.open(n=2)
+    ingress.feed(SequenceOutput("r", 0, 0, (5,)), SequenceOutput("r", 1, 0, (6,)))
+    ingress.feed(SequenceOutput("r", 0, 1, (7,), FinishReason.LENGTH))
+    assert ingress.table.live() == [journal]
+    ingress.feed(SequenceOutput("r", 1, 1, (8,), FinishReason.STOP))
+    assert tokens(journal) == {0: (5, 7), 1: (6, 8)}
+    assert journal.over
+    assert ingress.table.live() == []
 
 
-def test_repeated_frames_and_repeated_tokens_are_dropped() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open()
-        ingress.feed(SequenceOutput("r", 0, 0, (5, 6)))
-        ingress.feed(SequenceOutput("r", 0, 0, (5, 6)), number=0)  # the same frame again
-        ingress.feed(SequenceOutput("r", 0, 0, (5, 6)))  # the same tokens in a new frame
-        ingress.feed(SequenceOutput("r", 0, 1, (6, 7), FinishReason.LENGTH))  # half of it known
-        ingress.feed(SequenceOutput("r", 0, 3, (8,), FinishReason.LENGTH))  # after the end
-        assert await collect(stream) == {0: [5, 6, 7]}
-
-    run(scenario)
+def test_unread_outputs_are_merged_into_one_for_each_choice(ingress: Ingress) -> None:
+    journal = ingress.open()
+    lps = [TokenLogprob(t, -0.5, ((t, -0.5),)) for t in (5, 6)]
+    ingress.feed(SequenceOutput("r", 0, 0, (5,), cached_tokens=32, logprobs=(lps[0],), prompt_logprobs=(lps[1],)))
+    ingress.feed(SequenceOutput("r", 0, 1, (6,), FinishReason.STOP, 6, logprobs=(lps[1],)))
+    assert journal.unread == {0: SequenceOutput("r", 0, 0, (5, 6), FinishReason.STOP, 6, 32, tuple(lps), (lps[1],))}
 
 
-def test_a_gap_in_the_tokens_fails_that_stream_alone() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        broken, whole = ingress.open("a"), ingress.open("b")
-        ingress.feed(SequenceOutput("a", 0, 0, (5,)), SequenceOutput("b", 0, 0, (5,)))
-        ingress.feed(SequenceOutput("a", 0, 2, (7,)), SequenceOutput("b", 0, 1, (6,), FinishReason.LENGTH))
-        assert (await anext(broken)).tokens == (5,)
-        with pytest.raises(ReplicaLost, match="token 2 of choice 0 came where 1 was due"):
-            await anext(broken)
-        assert await collect(whole) == {0: [5, 6]}
-
-    run(scenario)
+def test_repeated_frames_and_repeated_tokens_are_dropped(ingress: Ingress) -> None:
+    journal = ingress.open()
+    ingress.feed(SequenceOutput("r", 0, 0, (5, 6)))
+    ingress.feed(SequenceOutput("r", 0, 2, (9,)), number=0)  # a frame number that was there already
+    ingress.feed(SequenceOutput("r", 0, 0, (5, 6)))  # the same tokens in a new frame
+    ingress.feed(SequenceOutput("r", 0, 1, (6, 7), FinishReason.LENGTH))  # half of it known
+    ingress.feed(SequenceOutput("r", 0, 3, (8,), FinishReason.LENGTH))  # after the end
+    assert tokens(journal) == {0: (5, 6, 7)}
 
 
-def test_a_missing_frame_is_reported_to_the_caller() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        ingress.feed()
-        with pytest.raises(ReplicaLost, match="frame 2 came where 1 was due"):
-            ingress.feed(number=2)
-
-    run(scenario)
-
-
-def test_only_the_owner_in_its_own_epoch_may_emit() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open()
-        stale = Owner("replica-0", 0)
-        ingress.table.connect(stale)
-        ingress.feed(SequenceOutput("r", 0, 0, (66,)), owner=stale)
-        ingress.feed(SequenceOutput("r", 0, 0, (66,)), owner=Owner("replica-9", 1))  # never connected
-        ingress.feed(SequenceOutput("r", 0, 0, (5,), FinishReason.LENGTH))
-        assert await collect(stream) == {0: [5]}
-
-    run(scenario)
+def test_a_gap_in_the_tokens_sends_that_request_elsewhere_and_no_other(ingress: Ingress) -> None:
+    broken, whole = ingress.open("a"), ingress.open("b")
+    ingress.feed(SequenceOutput("a", 0, 0, (5,)), SequenceOutput("b", 0, 0, (5,)))
+    commands = ingress.feed(SequenceOutput("a", 0, 2, (7,)), SequenceOutput("b", 0, 1, (6,), FinishReason.LENGTH))
+    reason = "replica-0: token 2 of choice 0 came where 1 was due"
+    assert commands[:2] == [Abort(ONE, "a", 0, None), Lost("a", ONE, reason)]
+    assert isinstance(commands[2], Ask)
+    assert (commands[2].request.attempt, commands[2].request.resumed, commands[2].request.avoid) == (1, True, ("replica-0",))
+    assert tokens(broken) == {0: (5,)}
+    assert tokens(whole) == {0: (5, 6)}
 
 
-def test_a_lost_replica_wakes_its_readers_and_nobody_else() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        two = Owner("replica-1", 4)
-        ingress.table.connect(two)
-        lost = ingress.open("a")
-        kept = ingress.table.register(GenerateRequest("b", ((1,),)), two)
-        reader = asyncio.create_task(anext(lost))
-        await asyncio.sleep(0)
-        ingress.table.drop(ONE, "replica-0 died")
-        with pytest.raises(ReplicaLost, match="replica-0 died"):
-            await reader
-        ingress.feed(SequenceOutput("b", 0, 0, (5,), FinishReason.LENGTH), owner=two)
-        assert await collect(kept) == {0: [5]}
-        with pytest.raises(ReplicaLost, match="not connected"):
-            ingress.open("c")
-
-    run(scenario)
+def test_a_missing_frame_is_reported_to_the_caller(ingress: Ingress) -> None:
+    ingress.feed()
+    with pytest.raises(ReplicaLost, match="frame 2 came where 1 was due"):
+        ingress.feed(number=2)
 
 
-def test_abort_ends_a_choice_at_once_and_tells_the_owner_once() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open(n=3)
-        ingress.feed(*(SequenceOutput("r", c, 0, (5,)) for c in range(3)))
-        await stream.abort(1)
-        await stream.abort(1)
-        ingress.feed(SequenceOutput("r", 1, 1, (6,), FinishReason.ABORT), SequenceOutput("r", 0, 1, (6,), FinishReason.LENGTH))
-        assert (await anext(stream)).choice in (0, 2)
-        assert (await anext(stream)).choice in (0, 2)
-        await stream.abort()
-        await stream.abort()
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
-        assert ingress.aborted == [(ONE, "r", 1), (ONE, "r", None)]
-        assert ingress.table.live() == 0
-
-    run(scenario)
+def test_only_the_owner_in_its_own_epoch_on_its_own_connection_may_emit(ingress: Ingress) -> None:
+    journal = ingress.open()
+    stale, other = Owner("replica-0", 0), Owner("replica-9", 1)
+    ingress.table.connect("stale", stale)
+    wrong = SequenceOutput("r", 0, 0, (66,))
+    assert ingress.table.feed("stale", pack_frame(Frame(*stale, 0, (wrong,))), 100.0) == [Abort(stale, "r", 0, None)]
+    assert ingress.table.feed("stale", pack_frame(Frame(*ONE, 1, (wrong,))), 100.0) == []  # it speaks for another
+    assert ingress.table.feed("never opened", pack_frame(Frame(*other, 0, (wrong,))), 100.0) == []
+    assert tokens(journal) == {}
 
 
-def test_abort_wakes_a_reader_that_waits() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        stream = ingress.open()
-        reader = asyncio.create_task(collect(stream))
-        await asyncio.sleep(0)
-        await stream.abort()
-        assert await reader == {}
-
-    run(scenario)
+def test_what_is_computed_for_nobody_is_aborted_once_in_a_while(ingress: Ingress) -> None:
+    output = SequenceOutput("gone", 0, 7, (5,), attempt=2)
+    assert ingress.feed(output) == [Abort(ONE, "gone", 2, None)]
+    assert ingress.feed(output._replace(index=8)) == []  # that abort is under way
+    ingress.now_s += ABORT_AGAIN_S
+    assert ingress.feed(output._replace(index=9)) == [Abort(ONE, "gone", 2, None)]
+    assert ingress.feed(output._replace(index=10, finish=FinishReason.ABORT)) == []
 
 
-def test_heartbeats_carry_stats_and_silence_is_measured() -> None:
-    async def scenario(ingress: Ingress) -> None:
-        assert ingress.table.silent_s() == float("inf")
-        ingress.feed(stats=STATS)
-        ingress.now_s += 3
-        assert ingress.table.stats() == {"replica-0": STATS}
-        assert ingress.table.silent_s() == ingress.table.silent_s("replica-0") == 3
-        assert ingress.table.silent_s("replica-1") == float("inf")
-        ingress.table.drop(ONE, "gone")
-        assert ingress.table.stats() == {}
-
-    run(scenario)
+def test_a_lost_connection_moves_its_requests_and_no_others(ingress: Ingress) -> None:
+    two = Owner("replica-1", 4)
+    ingress.table.connect("d", two)
+    ingress.open("a")
+    kept = ingress.open("b", owner=two)
+    assert [type(c) for c in ingress.table.drop("c", "replica-0 died", 101.0)] == [Lost, Ask]
+    assert ingress.table.drop("c", "again", 102.0) == []
+    ingress.table.feed("d", pack_frame(Frame(*two, 0, (SequenceOutput("b", 0, 0, (5,), FinishReason.LENGTH),))), 103.0)
+    assert tokens(kept) == {0: (5,)}
 
 
-def test_a_request_id_is_unique_among_live_requests() -> None:
-    async def scenario(ingress: Ingress) -> None:
+def test_heartbeats_carry_stats_and_silence_is_measured(ingress: Ingress) -> None:
+    assert ingress.table.silent_s(100.0) == float("inf")
+    ingress.feed(stats=STATS)
+    assert ingress.table.stats() == {"replica-0": STATS}
+    assert ingress.table.silent_s(103.0) == ingress.table.silent_s(103.0, "replica-0") == 3
+    assert ingress.table.silent_s(103.0, "replica-1") == float("inf")
+    ingress.table.drop("c", "gone", 103.0)
+    assert ingress.table.stats() == {}
+
+
+def test_a_request_id_is_unique_among_live_requests(ingress: Ingress) -> None:
+    journal = ingress.open()
+    with pytest.raises(ValueError, match="in use"):
         ingress.open()
-        with pytest.raises(ValueError, match="in use"):
-            ingress.open()
-        ingress.table.withdraw("r")
-        ingress.open()
-
-    run(scenario)
+    journal.abort(None)
+    ingress.table.forget_ended("r")
+    ingress.open()
