@@ -28,6 +28,11 @@ class RequestStream(Protocol):
     is not seen here: another one goes on where it stopped.
     """
 
+    @property
+    def waited_s(self) -> float | None:
+        """Seconds until there was a first place for it; None before."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[SequenceOutput]: ...
 
     async def __anext__(self) -> SequenceOutput:

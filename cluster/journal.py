@@ -138,6 +138,7 @@ class Journal:
         self.failure: QuireError | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.deaths = 0  # of owners, since the last new token
+        self.waited_s: float | None = None  # until there was a first place for it
         self._request = request
         self._room = room
         self._hashes = hashes
@@ -170,6 +171,8 @@ class Journal:
         left_ms = self._left_ms(now_s)
         if left_ms is not None and left_ms <= 0:
             return [*self._fail(DeadlineExceeded("the deadline passed before the request had its turn")), Withdraw(self.request_id)]
+        if self.waited_s is None:
+            self.waited_s = now_s - self._arrived_s
         self.owner = Owner(*route)
         self._state = _State.SENDING
         return [Submit(self.owner, self._for_replica(left_ms))]

@@ -342,6 +342,11 @@ class RemoteStream:
         self._changed = asyncio.Event()
         journal.on_change = self._changed.set
 
+    @property
+    def waited_s(self) -> float | None:
+        """As `RequestStream.waited_s`."""
+        return self.journal.waited_s
+
     def __aiter__(self) -> RemoteStream:
         return self
 

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram, disable_created_metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..cluster.client import RecoveryStats
 from ..worker.protocol import EngineStats
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -33,23 +34,30 @@ _GAUGES = {
     "quire_requests_running": ("Sequences in the running batch.", "running"),
     "quire_requests_waiting": ("Sequences that wait for a place.", "waiting"),
 }
+_RECOVERY = {
+    "quire_streams_lost": ("Times that a request lost the replica that ran it.", "lost"),
+    "quire_streams_resumed": ("Times that a lost request went on elsewhere.", "resumed"),
+    "quire_replayed_tokens": ("Tokens that replicas were given again for that.", "replayed_tokens"),
+    "quire_pause_seconds": ("Time from each loss to the next token.", "pause_s"),
+}
 _PAGE_STATES = ("free", "cached", "active", "reserved")
 
 
 class Metrics:
     """One registry for one app."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]], recovery: Callable[[], RecoveryStats] = RecoveryStats) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside every histogram, of no use to anybody
         self._registry = CollectorRegistry()
         self._http: dict[tuple[str, int], int] = {}
         self._ttft = Histogram("quire_ttft_seconds", "Request received to first output.", buckets=_TTFT_S, registry=self._registry)
         self._tpot = Histogram("quire_tpot_seconds", "Time per output token after the first.", buckets=_TPOT_S, registry=self._registry)
         self._admission = Histogram(
-            "quire_admission_seconds", "Request offered to taken by a replica, or refused.", buckets=_ADMISSION_S, registry=self._registry
+            "quire_admission_seconds", "Request received to a place for it on a replica.", buckets=_ADMISSION_S, registry=self._registry
         )
         self._e2e = Histogram("quire_e2e_seconds", "Request received to its end.", buckets=_E2E_S, registry=self._registry)
         self._registry.register(_EngineCollector(stats))
+        self._registry.register(_RecoveryCollector(recovery))
         self._registry.register(_HttpCollector(self._http))
 
     def count_request(self, route: str, status: int) -> None:
@@ -57,7 +65,7 @@ class Metrics:
         self._http[route, status] = self._http.get((route, status), 0) + 1
 
     def admission(self, wait_s: float) -> None:
-        """A request was taken by a replica, or refused, after so long."""
+        """There was a place for a request after so long."""
         self._admission.observe(wait_s)
 
     def generation(self, started_s: float) -> GenerationClock:
@@ -127,6 +135,18 @@ class _EngineCollector(Collector):
             for action, count in sorted(stats.preemptions.items()):
                 preemptions.add_metric([replica, action], count)
         yield preemptions
+
+
+class _RecoveryCollector(Collector):
+    """What deaths have cost the streams of this ingress."""
+
+    def __init__(self, recovery: Callable[[], RecoveryStats]) -> None:
+        self._recovery = recovery
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._recovery()
+        for name, (text, field) in _RECOVERY.items():
+            yield CounterMetricFamily(name, text, value=getattr(stats, field))
 
 
 class _HttpCollector(Collector):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ...worker.logs import about
 from ...worker.protocol import QuireError, SamplingParams
 from ...worker.tracing import Tracing
+from ..metrics import Metrics
 from .errors import ApiError, as_api_error
 from .generation import Generation
 
@@ -31,14 +32,15 @@ class Called(NamedTuple):
 class Account:
     """Entered when the request has been read, left when its last byte has gone. Lines logged between carry its id."""
 
-    def __init__(self, called: Called, tracing: Tracing | None) -> None:
+    def __init__(self, called: Called, metrics: Metrics, tracing: Tracing | None) -> None:
         self._called = called
+        self._metrics = metrics
         self._tracing = tracing
-        self._began_s = time.perf_counter()
+        self._began_s, self._began_ns = time.perf_counter(), time.time_ns()
         self._error: ApiError | None = None
         self._fields = ExitStack()
         self.generation: Generation | None = None
-        self._span = tracing.begin(f"POST {called.route}", time.time_ns(), called.traceparent, server=True) if tracing else None
+        self._span = tracing.begin(f"POST {called.route}", self._began_ns, called.traceparent, server=True) if tracing else None
 
     @property
     def traceparent(self) -> str:
@@ -48,12 +50,6 @@ class Account:
     def failed(self, error: ApiError) -> None:
         """It ended with an error, which its client has been told."""
         self._error = error
-
-    def admitted(self, began_ns: int) -> None:
-        """A replica has taken the request, which was offered at `began_ns`, or nobody will."""
-        if self._tracing is not None:
-            about_it = {"gen_ai.response.id": self._called.request_id, "quire.tenant": self._called.tenant}
-            self._tracing.record("admission", began_ns, time.time_ns(), self.traceparent, about_it)
 
     def __enter__(self) -> Account:
         self._fields.enter_context(about(request_id=self._called.request_id, tenant=self._called.tenant))
@@ -68,6 +64,13 @@ class Account:
             self._error = ApiError(500, kind.__name__ if kind else "")
         status = self._error.status if self._error is not None else 200
         self._log(status)
+        waited_s = self.generation.waited_s if self.generation is not None else None
+        if waited_s is not None:
+            self._metrics.admission(waited_s)
+        if self._tracing is not None and self.generation is not None:
+            admitted_ns = time.time_ns() if waited_s is None else self._began_ns + int(waited_s * 1e9)
+            about_it = {"gen_ai.response.id": self._called.request_id, "quire.tenant": self._called.tenant or None}
+            self._tracing.record("admission", self._began_ns, admitted_ns, self.traceparent, about_it)
         if self._span is not None:
             self._end_span(status)
         self._fields.close()

@@ -70,11 +70,11 @@ async def answer(request: Request, asked: Asked, reply: Reply) -> Response:
 def _account(api: Api, request: Request, asked: Asked) -> Account:
     route, tenant = request.scope["route"].path, request.scope["state"]["tenant"]
     traceparent = request.headers.get("traceparent", "")
-    return Account(Called(asked.request_id, tenant, route, api.info.name, asked.params, traceparent), api.tracing)
+    return Account(Called(asked.request_id, tenant, route, api.info.name, asked.params, traceparent), api.metrics, api.tracing)
 
 
 async def _submit(api: Api, request: Request, asked: Asked, account: Account) -> Generation:
-    started_s, offered_ns = time.perf_counter(), time.time_ns()
+    started_s = time.perf_counter()
     urgency = read_urgency(asked.options, request.headers)
     choices = len(asked.prompts) * asked.params.n
     if choices > api.limits.max_choices:  # the door would say so, but what stands before it keeps books for each choice
@@ -99,9 +99,6 @@ async def _submit(api: Api, request: Request, asked: Asked, account: Account) ->
             named = BadRequest(_client_field(error.field, asked.names), error.message)
             raise ApiError(400, str(named), param=named.field, code="context_length_exceeded") from None
         raise BadRequest(_client_field(error.field, asked.names), error.message) from None
-    finally:
-        account.admitted(offered_ns)
-        api.metrics.admission(time.perf_counter() - started_s)
     return Generation(stream, engine_request, api.text.tokenizer, asked.shown, api.metrics.generation(started_s))
 
 

@@ -41,7 +41,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, opti
         text=EdgeText(tokenizer, info.max_model_len),
         options=options,
         limits=limits,
-        metrics=Metrics(client.stats),
+        metrics=Metrics(client.stats, client.recovery),
         fingerprint="fp_" + hashlib.sha256(repr(info).encode()).hexdigest()[:12],
         tracing=tracing,
     )

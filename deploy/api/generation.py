@@ -102,6 +102,11 @@ class Generation:
         return [finish for _, finish in sorted(self._finishes.items())]
 
     @property
+    def waited_s(self) -> float | None:
+        """Until a replica had a place for the request; None when none has had."""
+        return self._stream.waited_s
+
+    @property
     def ttft_s(self) -> float | None:
         """From the request to its first output; None before it."""
         return self._clock.ttft_s

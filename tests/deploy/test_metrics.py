@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.cluster.client import RecoveryStats
 from quire.deploy.metrics import Metrics
 from quire.worker.protocol import EngineStats
 
@@ -79,6 +80,12 @@ def test_latencies_of_a_request_with_two_choices() -> None:
     counts = {name: values[f"quire_{name}_seconds_count", frozenset()] for name in ("ttft", "tpot", "e2e")}
     assert counts == {"ttft": 1, "tpot": 1, "e2e": 1}
     assert values["quire_ttft_seconds_sum", frozenset()] <= values["quire_e2e_seconds_sum", frozenset()]
+
+
+def test_what_deaths_have_cost() -> None:
+    values = exported(Metrics(dict, lambda: RecoveryStats(lost=3, resumed=2, replayed_tokens=100, pause_s=1.5)))
+    expected = {"streams_lost": 3, "streams_resumed": 2, "replayed_tokens": 100, "pause_seconds": 1.5}
+    assert {name: values[f"quire_{name}_total", frozenset()] for name in expected} == expected
 
 
 def test_requests_are_counted_by_route_and_status() -> None:
