@@ -1,0 +1,221 @@
+"""Every Triton kernel on a GPU: time, bytes or operations, and the share of what this GPU gave to a plain copy or product in the same run.
+
+    python benchmarks/kernels.py [--only decode,prefill,small,copy,sampling] [--json benchmarks/results/kernels_h200.json]
+
+Attention stands beside torch's scaled_dot_product_attention (on keys and values that lie packed, which serving cannot have) and
+FlexAttention (compiled, packed as well). Shapes are those of Llama-3.1-8B: 32 heads, 8 KV heads, 128 dimensions, bfloat16.
+Pages are 32 tokens, in random order of a pool with the layers of a real one. Takes about three minutes, most of it compiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import gpu
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from quire.kernels import page_copy, rms_norm, rope_write, silu_mul
+from quire.kernels.attention_tile import Scores
+from quire.kernels.layout import AttentionBatch
+from quire.kernels.paged_decode import paged_decode
+from quire.kernels.paged_prefill import device_work, paged_prefill, prefill_launch
+from quire.kernels.sampling import SampleRows, sample
+
+HEADS, KV_HEADS, DIM, PAGE, LAYERS, HIDDEN, INNER, VOCAB = 32, 8, 128, 32, 4, 4096, 14336, 128256
+BF16 = torch.bfloat16
+SCORES = Scores(DIM**-0.5)
+
+
+class Figure(NamedTuple):
+    """One measured call. Either `bytes` or `operations` says what it had to do."""
+
+    kernel: str
+    shape: str
+    call: Callable[[], object]
+    bytes: float = 0.0
+    operations: float = 0.0
+    peers: tuple[tuple[str, Callable[[], object]], ...] = ()
+
+
+def pool(pages: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(pages, KV_HEADS, LAYERS, 2, PAGE, DIM, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def tables(rows: int, context: int) -> Tensor:
+    width = -(-context // PAGE)
+    return torch.randperm(rows * width, device="cuda").to(torch.int32).view(rows, width)
+
+
+def decode() -> Iterator[Figure]:
+    for rows, context in [(1, 1024), (1, 32768), (8, 2048), (64, 1024), (64, 8192), (256, 1024), (256, 4096)]:
+        for stored in (BF16, torch.float8_e4m3fn):
+            table = tables(rows, context)
+            layer = pool(table.numel(), stored)[:, :, 1]
+            lens = torch.full((rows,), context, dtype=torch.int32, device="cuda")
+            q = torch.randn(rows, HEADS, DIM, device="cuda", dtype=BF16)
+            out = torch.empty_like(q)
+            name = "bf16 pages" if stored == BF16 else "fp8 pages"
+            read = 2 * rows * context * KV_HEADS * DIM * stored.itemsize
+            yield Figure(
+                "paged_decode",
+                f"{rows} x {context}, {name}",
+                lambda q=q, layer=layer, table=table, lens=lens, out=out: paged_decode(q, layer, table, lens, SCORES, out),
+                bytes=read,
+                peers=packed_peers(q.unsqueeze(2), rows, context, False) if stored == BF16 else (),
+            )
+
+
+def prefill() -> Iterator[Figure]:
+    for rows, count, cached in [(1, 2048, 0), (1, 8192, 0), (1, 16384, 0), (8, 1024, 0), (4, 512, 7680)]:
+        context = count + cached
+        table = tables(rows, context)
+        layer = pool(table.numel())[:, :, 1]
+        starts = torch.arange(0, (rows + 1) * count, count, dtype=torch.int32, device="cuda")
+        lens = torch.full((rows,), context, dtype=torch.int32, device="cuda")
+        slots = torch.empty(0, dtype=torch.int64, device="cuda")
+        batch = AttentionBatch(starts, lens, table, slots, 0, (count,) * rows, (context,) * rows)
+        q = torch.randn(rows * count, HEADS, DIM, device="cuda", dtype=BF16)
+        out = torch.empty_like(q)
+        launch = prefill_launch(q, layer)
+        work = device_work(batch, 0, max(1, launch.block_m // (HEADS // KV_HEADS)), SCORES.window, q.device)
+        pairs = rows * (count * cached + count * (count + 1) / 2)
+        yield Figure(
+            "paged_prefill",
+            f"{rows} x {count} after {cached}",
+            lambda q=q, layer=layer, batch=batch, work=work, out=out, launch=launch: paged_prefill(
+                q, layer, batch, work, SCORES, out, launch=launch
+            ),
+            operations=4 * pairs * HEADS * DIM,
+            peers=packed_peers(q.view(rows, count, HEADS, DIM).transpose(1, 2), rows, context, True) if not cached else (),
+        )
+
+
+def packed_peers(q: Tensor, rows: int, context: int, causal: bool) -> tuple[tuple[str, Callable[[], object]], ...]:
+    """torch's own attention for queries [rows, heads, n, dim] over packed keys and values."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    k, v = (torch.randn(rows, KV_HEADS, context, DIM, device="cuda", dtype=BF16) for _ in range(2))
+    flex = torch.compile(flex_attention)
+    length = q.shape[2]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, context, device="cuda") if causal else None
+    return (
+        ("sdpa", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)),
+        ("flex", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True)),
+    )
+
+
+def small() -> Iterator[Figure]:
+    for tokens in (64, 4096):
+        x, residual = (torch.randn(tokens, HIDDEN, device="cuda", dtype=BF16) for _ in range(2))
+        weight = torch.randn(HIDDEN, device="cuda", dtype=BF16)
+        yield Figure(
+            "add_rms_norm",
+            f"{tokens} x {HIDDEN}",
+            lambda x=x, residual=residual, weight=weight: rms_norm.add_rms_norm(x, residual, weight, 1e-5),
+            bytes=4 * x.nbytes,
+        )
+        gate_up = torch.randn(tokens, 2 * INNER, device="cuda", dtype=BF16)
+        yield Figure("silu_mul", f"{tokens} x {INNER}", lambda gate_up=gate_up: silu_mul.silu_mul(gate_up), bytes=1.5 * gate_up.nbytes)
+        qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=BF16)
+        layer = pool(-(-tokens // PAGE))[:, :, 1]
+        slots = torch.randperm(tokens, device="cuda")
+        cos_sin = torch.randn(8192, DIM, device="cuda")
+        yield Figure(
+            "rope_write",
+            f"{tokens} tokens",
+            lambda qkv=qkv, layer=layer, slots=slots, cos_sin=cos_sin: rope_write.rope_and_write_kv(
+                qkv, slots, cos_sin, layer, slots, HEADS, None, None, 1e-5
+            ),
+            bytes=2 * qkv.nbytes,
+        )
+
+
+def copies() -> Iterator[Figure]:
+    whole = pool(4096)
+    staging = torch.empty_like(whole[:256])
+    for count in (16, 256):
+        ids = torch.randperm(len(whole), device="cuda")[:count]
+        yield Figure(
+            "page_copy",
+            f"pack {count} pages of {whole[0].nbytes >> 10} KiB",
+            lambda ids=ids, count=count: page_copy.move_pages(whole, ids, staging[:count], None),
+            bytes=2 * count * whole[0].nbytes,
+        )
+
+
+def sampling() -> Iterator[Figure]:
+    for rows in (1, 64, 256):
+        logits = torch.randn(rows, VOCAB, device="cuda") * 3
+        for name, temperature, top_k, top_p in [("greedy", 0.0, 0, 1.0), ("drawn", 1.0, 0, 1.0), ("top-k 40, top-p 0.9", 1.0, 40, 0.9)]:
+            how = sample_rows(rows, temperature, top_k, top_p)
+            yield Figure("sampling", f"{rows} x {VOCAB} {name}", lambda logits=logits, how=how: sample(logits, how), bytes=logits.nbytes)
+
+
+def sample_rows(rows: int, temperature: float, top_k: int, top_p: float) -> SampleRows:
+    def column(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.full((rows, *shape), value, dtype=dtype, device="cuda")
+
+    empty = torch.zeros(1, device="cuda")
+    return SampleRows(
+        column(temperature, torch.float32),
+        column(top_k, torch.int32),
+        column(top_p, torch.float32),
+        column(float("-inf"), torch.float32),
+        torch.randint(0, 2**31, (rows, 2), dtype=torch.int32, device="cuda"),
+        torch.zeros(rows + 1, dtype=torch.int32, device="cuda"),
+        empty.int(),
+        empty,
+        empty,
+        empty,
+    )
+
+
+GROUPS = {"decode": decode, "prefill": prefill, "small": small, "copy": copies, "sampling": sampling}
+
+
+def main() -> None:
+    parser = gpu.arguments(__doc__)
+    parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {', '.join(GROUPS)}")
+    args = parser.parse_args()
+    gpu.require_cuda()
+    chosen = [GROUPS[name] for name in args.only.split(",")]
+    bandwidth, rate = gpu.copy_bandwidth(), gpu.matmul_rate()
+    result: dict[str, Any] = {"machine": gpu.machine(), "copy_gb_s": bandwidth / 1e9, "matmul_tflop_s": rate / 1e12, "kernels": []}
+    print(f"{result['machine']}\ncopy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    print(f"{'kernel':16}{'shape':36}{'us':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>9}   peers, us")
+    for group in chosen:
+        for figure in tqdm(group(), leave=False, unit="shape", desc=group.__name__):
+            row = measured(figure, bandwidth, rate)
+            result["kernels"].append(row)
+            peers = ", ".join(f"{name} {us:.1f}" if us else f"{name} -" for name, us in row["peers_us"].items())
+            speed = f"{row['gb_s']:8.0f}{'':9}" if figure.bytes else f"{'':8}{row['tflop_s']:9.0f}"
+            tqdm.write(f"{figure.kernel:16}{figure.shape:36}{row['us']:9.1f}{speed}{row['of_limit']:9.1%}   {peers}")
+    gpu.save(args.json, result)
+
+
+def measured(figure: Figure, bandwidth: float, rate: float) -> dict[str, Any]:
+    seconds = gpu.time_ms(figure.call) * 1e-3
+    peers: dict[str, float | None] = {}
+    for name, call in figure.peers:
+        try:
+            peers[name] = gpu.time_eager_ms(call) * 1e3
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:  # a peer that cannot do a shape is no reason to stop
+            tqdm.write(f"{name} cannot do {figure.shape}: {str(error).splitlines()[0]}")
+            peers[name] = None
+    return {
+        "kernel": figure.kernel,
+        "shape": figure.shape,
+        "us": seconds * 1e6,
+        "gb_s": figure.bytes / seconds / 1e9,
+        "tflop_s": figure.operations / seconds / 1e12,
+        "of_limit": figure.bytes / seconds / bandwidth if figure.bytes else figure.operations / seconds / rate,
+        "peers_us": peers,
+    }
+
+
+if __name__ == "__main__":
+    main()
