@@ -1,12 +1,13 @@
 """The engine's door: every bound, by the field that it names."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
-from quire.worker.protocol import BadRequest, GenerateRequest, SamplingParams
+from quire.worker.protocol import BadRequest, GenerateRequest, ModelInfo, SamplingParams
 
 DOOR = Door(
     LimitOptions(max_prompts=3, max_n=4, max_choices=6, max_logprobs=5, max_stop=2, max_stop_chars=8, max_logit_bias=2),
@@ -99,3 +100,43 @@ def test_the_wire_keeps_a_request_and_refuses_what_it_does_not_know():
         with pytest.raises(BadRequest) as refused:
             GenerateRequest.from_wire(bad)
         assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"deadline_ms": -1}, "deadline_ms"),
+        ({"deadline_ms": 2**31}, "deadline_ms"),
+        ({"deadline_ms": 1.5}, "deadline_ms"),
+        ({"seed": -1}, "seed"),
+        ({"resume": {}}, "resume"),
+        ({"resume": [(1,)]}, "resume"),
+        ({"resume": {2: (1,)}}, "resume"),
+        ({"resume": {-1: (1,)}}, "resume"),
+        ({"resume": {"0": (1,)}}, "resume"),
+        ({"resume": {0: "text"}}, "resume"),
+        ({"resume": {0: (1, 100)}}, "resume"),
+        ({"resume": {0: (1, -1)}}, "resume"),
+        ({"resume": {0: (1, True)}}, "resume"),
+        ({"resume": {0: (1, 2, 3, 4)}}, "resume"),  # as long as it may become: it has ended
+    ],
+)
+def test_what_an_ingress_adds_is_checked_too(changes, field):
+    sent = replace(request(n=2, max_tokens=4), **changes)
+    with pytest.raises(BadRequest) as refused:
+        DOOR.check(sent)
+    assert refused.value.field == field
+
+
+def test_a_request_is_resumed_where_it_stands():
+    sent = GenerateRequest.from_wire(replace(request(n=2, max_tokens=4), resume={1: (1, 2, 3)}, deadline_ms=0).to_wire())
+    checked = DOOR.check(sent)
+    assert checked.resume == {1: (1, 2, 3)}
+    assert checked.choices == (1,)
+    with pytest.raises(BadRequest, match="at most 46 are allowed"):
+        DOOR.check(replace(request(max_tokens=None), resume={0: (1,) * 47}))  # a prompt of 3 in a context of 50: 47 and it is full
+
+
+def test_a_front_end_makes_the_door_that_the_replica_has():
+    info = ModelInfo("m", "", 50, 100, (), 0, page_size=4, pool_tokens=64, max_sequences=5)
+    assert Door.of(info, DOOR.limits) == DOOR

@@ -7,13 +7,24 @@ from paged_memory import EOS, VOCAB, expected_output, hash_engine
 
 from quire.worker.engine import Engine
 from quire.worker.plan import Row, Sampled, StepResult
+from quire.worker.pressure import Action
 from quire.worker.protocol import BadRequest, FinishReason, GenerateRequest, Overloaded, SamplingParams, SequenceOutput
-from quire.worker.sequence import sequence_seed
+from quire.worker.scheduler import Scheduler
+from quire.worker.sequence import Sequence, sequence_seed
 
 
-def request(name: str, *prompts: list[int], priority: int = 0, tenant: str = "", **params) -> GenerateRequest:
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def request(
+    name: str, *prompts: list[int], priority: int = 0, tenant: str = "", deadline_ms: int | None = None, **params
+) -> GenerateRequest:
     params = {"max_tokens": 4, "ignore_eos": True, "seed": 1} | params
-    return GenerateRequest(name, tuple(map(tuple, prompts)), SamplingParams(**params), priority, tenant)
+    return GenerateRequest(name, tuple(map(tuple, prompts)), SamplingParams(**params), priority, tenant, deadline_ms)
 
 
 def run(engine: Engine) -> dict[tuple[str, int], list[SequenceOutput]]:
@@ -161,6 +172,111 @@ def test_priority_goes_before_arrival():
     assert order == ["now", "soon", "late"]
 
 
+def test_a_higher_priority_takes_the_place_of_the_last_of_a_lower_one():
+    engine = hash_engine(pages=16, page_size=4, max_running=2)
+    scheduler = engine.scheduler
+    engine.submit(request("low", [1] * 5, priority=1, max_tokens=9))
+    engine.submit(request("lowest", [2] * 5, priority=2, max_tokens=9))
+    outputs = engine.step()
+    engine.submit(request("equal", [3] * 5, priority=2))
+    outputs += engine.step()
+    assert [s.request_id for s in scheduler.running] == ["low", "lowest"]  # between equals nobody gives way
+    engine.submit(request("high", [4] * 5))
+    plan = scheduler.plan()
+    assert plan.forget == (1,)
+    assert [(n.seq, n.pages) for n in plan.new] == [(3, (3, 4))]  # the half-full page that was given back; the full one stays findable
+    assert plan.rows == (Row(0, 6, 1, True), Row(3, 0, 5, True))
+    assert [s.request_id for s in scheduler.waiting] == ["lowest", "equal"]  # at its old place
+    scheduler.check()
+    outputs += scheduler.apply(engine.runner.run(plan))
+    assert scheduler.counters.preemptions == {"recompute": 1}
+    outputs += [o for some in run(engine).values() for o in some]
+    assert scheduler.counters.preemptions == {"recompute": 1}
+    for name, first in (("low", 1), ("lowest", 2)):
+        got = tokens([o for o in outputs if o.request_id == name])
+        assert got == expected_output([first] * 5, 1, 9, ignore_eos=True)
+
+
+def test_as_few_give_way_as_will_do_and_none_when_all_would_not():
+    engine = hash_engine(pages=10, page_size=4, max_batch_tokens=40, prefix_cache=False)
+    scheduler = engine.scheduler
+    engine.submit(request("first", [1] * 9, max_tokens=3))  # three pages, for good
+    for name in ("x", "y", "z"):
+        engine.submit(request(name, [2] * 5, priority=3, max_tokens=3))  # two pages each
+    engine.step()
+    engine.submit(request("too large", [3] * 32, max_tokens=1))  # eight pages: one free, six that could be given back, and first's
+    engine.step()
+    assert [s.request_id for s in scheduler.running] == ["first", "x", "y", "z"]
+    engine.abort("too large")
+    engine.submit(request("high", [3] * 13, max_tokens=1))  # four pages: two of them must be given back, and one to grow
+    plan = scheduler.plan()
+    assert plan.forget == (3, 2)
+    assert [s.request_id for s in scheduler.running] == ["first", "high", "x"]
+    scheduler.check()
+
+
+def test_shared_pages_are_no_gain_until_their_last_holder_gives_way():
+    engine = hash_engine(pages=7, page_size=4, max_batch_tokens=40)
+    scheduler = engine.scheduler
+    engine.submit(request("pair", [1] * 8, priority=1, n=2, max_tokens=4))
+    engine.step()
+    engine.step()
+    assert [s.pages for s in scheduler.running] == [[0, 1, 2], [0, 3]]
+    engine.submit(request("high", [2] * 18, max_tokens=1))  # five pages: two are free, and the follower has two of its own by then
+    plan = scheduler.plan()
+    assert plan.forget == (1, 0)
+    assert [s.request_id for s in scheduler.running] == ["high"]
+    scheduler.check()
+    scheduler.apply(engine.runner.run(plan))
+    run(engine)
+
+
+def test_a_long_prompt_does_not_hold_up_a_higher_priority():
+    engine = hash_engine(pages=64, page_size=4, max_batch_tokens=8)
+    engine.submit(request("long", list(range(1, 41)), priority=1))
+    engine.step()
+    engine.submit(request("high", [1, 2, 3], max_tokens=1))
+    assert [o.request_id for o in engine.step()] == ["high"]
+    assert engine.scheduler.counters.preemptions == {"recompute": 0}  # there were places and pages for both
+    assert engine.scheduler.running[0].num_computed == 8 + 5
+
+
+def test_who_waits_past_its_deadline_ends_and_who_has_started_does_not():
+    clock = Clock()
+    engine = hash_engine(max_running=1, clock=clock)
+    engine.submit(request("runs", [1], deadline_ms=1000, max_tokens=6))
+    engine.step()
+    engine.submit(request("waits", [2], [3], n=2, deadline_ms=1000))
+    engine.submit(request("patient", [4], deadline_ms=9000))
+    clock.now_s = 0.999
+    assert [o.request_id for o in engine.step()] == ["runs"]
+    clock.now_s = 1.0
+    outputs = engine.step()
+    assert [(o.request_id, o.choice, o.tokens, o.finish) for o in outputs[:4]] == [
+        ("waits", k, (), FinishReason.DEADLINE) for k in range(4)
+    ]
+    assert "deadline_ms" in outputs[0].error
+    assert [o.request_id for o in outputs[4:]] == ["runs"]
+    engine.scheduler.check()
+    assert {name for name, _ in run(engine)} == {"runs", "patient"}
+
+
+def test_a_request_that_has_started_is_not_dropped_although_some_of_it_waits():
+    clock = Clock()
+    engine = hash_engine(max_running=1, clock=clock)
+    engine.submit(request("a", [1], [2], deadline_ms=0))
+    engine.submit(request("b", [1], deadline_ms=1))
+    clock.now_s = -1.0
+    engine.step()
+    clock.now_s = 5.0
+    outputs = run(engine)
+    assert [outputs[key][-1].finish for key in (("a", 0), ("a", 1), ("b", 0))] == [
+        FinishReason.LENGTH,
+        FinishReason.LENGTH,
+        FinishReason.DEADLINE,
+    ]
+
+
 def test_a_failed_sequence_fails_alone_and_leaves_nothing_to_be_found():
     engine = hash_engine(pages=16, page_size=4)
     engine.submit(request("good", [1] * 5))
@@ -210,6 +326,17 @@ def test_the_queue_is_bounded_and_requests_enter_whole():
     assert {name for name, _ in run(engine)} == {"a", "c"}
 
 
+def watch_preemptions(scheduler: Scheduler) -> None:
+    """Fail when the head of the order gives way."""
+    preempt = scheduler._preempt
+
+    def watched(s: Sequence, action: Action) -> None:
+        assert s.order > min(other.order for some in (scheduler.running, scheduler.waiting) for other in some)
+        preempt(s, action)
+
+    scheduler._preempt = watched
+
+
 REQUESTS = st.fixed_dictionaries(
     {
         "prompt": st.tuples(st.integers(1, 3), st.integers(1, 30)).map(lambda t: [t[0]] * (t[1] // 2) + [t[0] + 1] * (t[1] - t[1] // 2)),
@@ -219,6 +346,7 @@ REQUESTS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
         "tenant": st.sampled_from(["", "t"]),
         "ignore_eos": st.booleans(),
+        "deadline_ms": st.sampled_from([None, None, 0, 3000]),
     }
 )
 EVENTS = st.lists(
@@ -237,8 +365,13 @@ EVENTS = st.lists(
     prefix_cache=st.booleans(),
 )
 def test_random_traffic_keeps_the_books_and_the_text(events, pages, page_size, max_batch_tokens, max_running, prefix_cache):
-    """Requests, forks and aborts at random in a tiny pool: pages are conserved after every step, and every sequence gets its text."""
-    engine = hash_engine(pages, page_size, max_batch_tokens, max_running, prefix_cache=prefix_cache)
+    """Requests, forks and aborts at random in a tiny pool: pages are conserved after every step, and every sequence gets its text.
+
+    The first of those that run or wait never gives way, and a request ends by its deadline whole or not at all.
+    """
+    clock = Clock()
+    engine = hash_engine(pages, page_size, max_batch_tokens, max_running, prefix_cache=prefix_cache, clock=clock)
+    watch_preemptions(engine.scheduler)
     outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
     submitted: dict[str, dict] = {}
     steps = 0
@@ -252,17 +385,20 @@ def test_random_traffic_keeps_the_books_and_the_text(events, pages, page_size, m
         if isinstance(event, dict):
             name = f"r{len(submitted)}"
             submitted[name] = event
-            extra = {k: event[k] for k in ("max_tokens", "n", "priority", "seed", "tenant", "ignore_eos")}
+            extra = {k: event[k] for k in event if k != "prompt"}
             engine.submit(request(name, event["prompt"], **extra))
         elif isinstance(event, tuple):
             keep(engine.abort(f"r{event[1]}", event[2]))
         else:
             for _ in range(event):
+                clock.now_s += 1.0
                 keep(engine.step())
     while not engine.idle():
         before = engine.scheduler.counters.output_tokens, engine.runner.computed_tokens
+        clock.now_s += 1.0
         keep(engine.step())
-        assert (engine.scheduler.counters.output_tokens, engine.runner.computed_tokens) != before, "a step advanced nobody"
+        advanced = (engine.scheduler.counters.output_tokens, engine.runner.computed_tokens) != before
+        assert advanced or engine.idle(), "a step advanced nobody"
         steps += 1
         assert steps < 5_000
     engine.step()  # nothing left; what the runner must forget would travel with the next plan
@@ -275,5 +411,11 @@ def test_random_traffic_keeps_the_books_and_the_text(events, pages, page_size, m
             got = outputs[name, k]
             want = expected_output(event["prompt"], sequence_seed(event["seed"], k), event["max_tokens"], event["ignore_eos"])
             text = tokens(got)
-            assert text == (want if got[-1].finish is not FinishReason.ABORT else want[: len(text)])
+            whole = got[-1].finish not in (FinishReason.ABORT, FinishReason.DEADLINE)
+            assert text == (want if whole else want[: len(text)])
+        ends = {outputs[name, k][-1].finish for k in range(event["n"])}
+        if FinishReason.DEADLINE in ends:
+            assert event["deadline_ms"] is not None
+            assert ends <= {FinishReason.DEADLINE, FinishReason.ABORT}
+            assert not any(tokens(outputs[name, k]) for k in range(event["n"]))
     assert VOCAB > 4
