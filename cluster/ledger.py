@@ -7,6 +7,7 @@ after `ttl_s`, so that nothing stays for ever.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 LEDGER_TTL_S = 30.0
@@ -40,7 +41,7 @@ class Ledger:
 
     def __init__(self, ttl_s: float = LEDGER_TTL_S) -> None:
         self._ttl_s = ttl_s
-        self._sent: dict[str, Sent] = {}  # oldest first
+        self._sent: OrderedDict[str, Sent] = OrderedDict()  # oldest first
         self._totals: dict[str, Totals] = {}
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class Ledger:
     def forget(self, replica_id: str) -> None:
         """Nothing is on its way to `replica_id` any more: it is gone."""
         if replica_id in self._totals:
-            self._sent = {key: sent for key, sent in self._sent.items() if sent.replica_id != replica_id}
+            self._sent = OrderedDict((key, sent) for key, sent in self._sent.items() if sent.replica_id != replica_id)
             del self._totals[replica_id]
 
     def expire(self, now_s: float) -> None:

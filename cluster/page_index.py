@@ -17,6 +17,7 @@ pages are the heads of the chains, without which nothing behind them would be fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 MAX_PAGES = 4_000_000  # about 420 MB
 _MIN_RETIRED = 8  # bits that may lie idle before a sweep, however few replicas live
@@ -47,32 +48,40 @@ class PageIndex:
         """Pages known of one replica."""
         return self._counts.get(replica_id, 0)
 
-    def update(self, replica_id: str, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+    def update(self, replica_id: str, stored: Sequence[bytes], removed: Iterable[bytes]) -> None:
         """`replica_id` now holds the pages `stored`, and no longer those `removed`. Naming a page again changes nothing."""
-        bit = self._bits.get(replica_id) or self._new_bit(replica_id)
-        holders, count = self._holders, self._counts[replica_id]
+        if replica_id not in self._bits:
+            self._add(replica_id)
+        self._remove(replica_id, removed)
+        room = self._max_pages - len(self._holders)
+        if len(stored) > room and self._retired:
+            self._sweep()
+            room = self._max_pages - len(self._holders)
+        if len(stored) > room:  # the pages that others hold already take no room, and then the first of the rest
+            unknown = (page for page in stored if page not in self._holders)
+            stored = [*(page for page in stored if page in self._holders), *islice(unknown, max(room, 0))]
+        self._store(replica_id, stored)
+
+    def _remove(self, replica_id: str, removed: Iterable[bytes]) -> None:
+        bit, holders, count = self._bits[replica_id], self._holders, 0
         for page in removed:
-            known = holders.get(page, 0)
+            known = holders.pop(page, 0)  # a million entries do not fit in the processor's cache: one look at each has to do
             if known & bit:
-                count -= 1
-                if known == bit:
-                    del holders[page]
-                else:
+                count += 1
+                if known != bit:
                     holders[page] = known ^ bit
+            elif known:
+                holders[page] = known
+        self._counts[replica_id] -= count
+
+    def _store(self, replica_id: str, stored: Sequence[bytes]) -> None:
+        bit, holders, count = self._bits[replica_id], self._holders, -len(self._holders)
         for page in stored:
-            known = holders.get(page, 0)
-            if not known:
-                if len(holders) >= self._max_pages and not self._sweep():
-                    continue
-                holders = self._holders
-                bit = self._bits[replica_id]  # a sweep numbers them anew
-                holders[page] = bit
-            elif known & bit:
-                continue
-            else:
+            known = holders.setdefault(page, bit)
+            if not known & bit:
                 holders[page] = known | bit
-            count += 1
-        self._counts[replica_id] = count
+                count += 1
+        self._counts[replica_id] += count + len(holders)
 
     def forget(self, replica_id: str) -> None:
         """`replica_id` holds nothing that is known of."""
@@ -106,18 +115,14 @@ class PageIndex:
             found[self._names[bit]] = length
             bits ^= bit
 
-    def _new_bit(self, replica_id: str) -> int:
+    def _add(self, replica_id: str) -> None:
         bit = self._next_bit
         self._next_bit <<= 1
         self._bits[replica_id], self._names[bit], self._counts[replica_id] = bit, replica_id, 0
         self._live |= bit
-        return bit
 
-    def _sweep(self) -> bool:
-        """Take retired bits out of the map and number the live ones anew; whether that made room."""
-        if not self._retired:
-            return False
-        before = len(self._holders)
+    def _sweep(self) -> None:
+        """Take retired bits out of the map, and number the live ones anew."""
         moves = {bit: 1 << place for place, bit in enumerate(self._names)}
         renumbered: dict[int, int] = {}  # bits -> bits: few distinct ones, and equal ones share one object
         holders: dict[bytes, int] = {}
@@ -133,4 +138,3 @@ class PageIndex:
         self._next_bit = 1 << len(self._names)
         self._live = self._next_bit - 1
         self._retired = 0
-        return len(holders) < before

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..worker.protocol import ModelInfo, ReplicaLoad
 from .ledger import Totals
+from .messages import Route
 
 LOOKAHEAD_S = 0.2  # prompt tokens that a replica may have ahead, in seconds of its speed
 LOOKAHEAD_TOKENS = 512  # and at least so many: a step that is not full wastes the rest of it
@@ -26,13 +27,18 @@ DECODE_TOKENS = 16  # decode steps by which `cost` weighs how slow a replica's d
 
 
 class ReplicaSnapshot(NamedTuple):
-    """One replica as routing knows it at one moment.
+    """One replica as routing knows it at one moment, by `snapshot`. What follows from the rest stands here because it is asked often.
 
     Attributes:
         load: as last reported.
         sent: on its way and in no report yet.
         indexed_pages: pages of it that are known.
         last_choice: ordinal of the latest choice that fell on it; 0 before the first.
+        longest_tokens: of one sequence, by the model's limit and by the pool.
+        line: sequences that wait there, or may.
+        ahead_tokens: that are to be computed before the first output of what comes next.
+        pages_left: free or cached, and not spoken for; negative when there are too few. As the replica's own admission does, it
+            leaves a quarter of a page for each running sequence to grow into.
     """
 
     replica_id: str
@@ -42,6 +48,29 @@ class ReplicaSnapshot(NamedTuple):
     sent: Totals
     indexed_pages: int
     last_choice: int
+    longest_tokens: int
+    line: int
+    ahead_tokens: int
+    pages_left: int
+
+
+def snapshot(
+    route: Route, info: ModelInfo, load: ReplicaLoad, sent: Totals, indexed_pages: int = 0, last_choice: int = 0
+) -> ReplicaSnapshot:
+    """The replica that `route` names, with what follows from the rest."""
+    spoken_for = -(-load.pending_tokens // info.page_size) + sent.pages + load.running // 4
+    return ReplicaSnapshot(
+        *route,
+        info,
+        load,
+        sent,
+        indexed_pages,
+        last_choice,
+        longest_tokens=min(info.max_model_len, info.pool_tokens),
+        line=load.waiting + sent.sequences,
+        ahead_tokens=load.pending_tokens + sent.tokens,
+        pages_left=load.pages_free + load.pages_cached - spoken_for,
+    )
 
 
 class Demand(NamedTuple):
@@ -66,12 +95,7 @@ class Candidate(NamedTuple):
 
 def can_ever(replica: ReplicaSnapshot, demand: Demand) -> bool:
     """Whether the replica could hold the request if it were idle."""
-    return demand.longest_tokens <= longest_sequence(replica.info) and demand.sequences <= replica.info.max_sequences
-
-
-def longest_sequence(info: ModelInfo) -> int:
-    """Tokens that a sequence may have, by the model's limit and by the pool."""
-    return min(info.max_model_len, info.pool_tokens)
+    return demand.longest_tokens <= replica.longest_tokens and demand.sequences <= replica.info.max_sequences
 
 
 def has_seats(replica: ReplicaSnapshot, demand: Demand, slack_tokens: int = 0) -> bool:
@@ -79,53 +103,44 @@ def has_seats(replica: ReplicaSnapshot, demand: Demand, slack_tokens: int = 0) -
 
     `slack_tokens` more may be ahead: those that the request saves there.
     """
-    load, sent, info = replica.load, replica.sent, replica.info
-    line = load.waiting + sent.sequences
-    held = load.running + line
+    line = replica.line
+    held = replica.load.running + line
     if held == 0:
         return True
-    if held + demand.sequences > info.max_sequences:
+    ahead_tokens = replica.ahead_tokens - slack_tokens
+    if ahead_tokens > LOOKAHEAD_TOKENS and ahead_tokens > LOOKAHEAD_S * _speed(replica, demand):
         return False
-    ahead_tokens = load.pending_tokens + sent.tokens
-    if ahead_tokens > max(LOOKAHEAD_TOKENS, LOOKAHEAD_S * _speed(replica, demand)) + slack_tokens:
+    held += demand.sequences
+    if held > replica.info.max_sequences:
         return False
     # A few more than run, so that a seat that becomes free is taken in the next step. What finds nobody before it may be larger.
-    return line == 0 or held + demand.sequences <= info.max_running + max(1, info.max_running // 16)
+    return line == 0 or held <= replica.info.max_running + max(1, replica.info.max_running // 16)
 
 
 def has_pages(candidate: Candidate, demand: Demand) -> bool:
     """Whether its pages are free, or nobody waits: then it is the one that takes the next that become free."""
-    load, sent = candidate.replica.load, candidate.replica.sent
-    return load.waiting + sent.sequences == 0 or missing_pages(candidate, demand) <= 0
+    return candidate.replica.line == 0 or missing_pages(candidate, demand) <= 0
 
 
 def may_displace(replica: ReplicaSnapshot, demand: Demand) -> bool:
     """Whether it goes before something that runs there, so that a full replica makes room; a few at a time."""
-    load, sent, info = replica.load, replica.sent, replica.info
+    load, info = replica.load, replica.info
     return (
-        load.running > 0
-        and demand.priority < load.lowest_priority
-        and sent.sequences < URGENT_AHEAD
+        demand.priority < load.lowest_priority
+        and replica.sent.sequences < URGENT_AHEAD
         and load.waiting < info.max_running
-        and load.running + load.waiting + sent.sequences + demand.sequences <= info.max_sequences
+        and load.running + replica.line + demand.sequences <= info.max_sequences
     )
 
 
 def request_pages(candidate: Candidate, demand: Demand) -> int:
     """Pages that its prompts take beside the cached ones, and one for each sequence to write into."""
-    size = candidate.replica.info.page_size
-    return -(-(demand.prompt_tokens - candidate.cached_tokens) // size) + demand.sequences
+    return -((candidate.cached_tokens - demand.prompt_tokens) // candidate.replica.info.page_size) + demand.sequences
 
 
 def missing_pages(candidate: Candidate, demand: Demand) -> int:
-    """Pages that it needs beyond those that are free, cached and not yet spoken for; negative when so many are left.
-
-    As the replica's own admission does, it leaves a quarter of a page for each running sequence to grow into.
-    """
-    replica = candidate.replica
-    load = replica.load
-    spoken_for = -(-load.pending_tokens // replica.info.page_size) + replica.sent.pages + load.running // 4
-    return request_pages(candidate, demand) + spoken_for - load.pages_free - load.pages_cached
+    """Pages that it needs beyond those that are left there; negative when some would still be left."""
+    return request_pages(candidate, demand) - candidate.replica.pages_left
 
 
 # --- predictions ---
@@ -133,19 +148,17 @@ def missing_pages(candidate: Candidate, demand: Demand) -> int:
 
 def predicted_ttft_s(candidate: Candidate, demand: Demand) -> float:
     """Seconds until its first token, were it sent there now."""
-    replica = candidate.replica
-    load = replica.load
-    tokens = load.pending_tokens + replica.sent.tokens + demand.prompt_tokens - candidate.cached_tokens
-    return tokens / _speed(replica, demand) + (load.decode_step_s if load.running else 0.0)
+    replica, cached_tokens = candidate
+    tokens = replica.ahead_tokens + demand.prompt_tokens - cached_tokens
+    return tokens / _speed(replica, demand) + (replica.load.decode_step_s if replica.load.running else 0.0)
 
 
 def pressure_s(candidate: Candidate, demand: Demand) -> float:
     """What it costs those that are there already, in seconds."""
     replica = candidate.replica
-    recompute_tokens = max(missing_pages(candidate, demand), 0) * replica.info.page_size
-    load = replica.load
-    decode_s = DECODE_TOKENS * demand.sequences * load.decode_step_s if load.running else 0.0
-    return recompute_tokens / _speed(replica, demand) + decode_s
+    missing = missing_pages(candidate, demand)
+    recompute_s = missing * replica.info.page_size / _speed(replica, demand) if missing > 0 else 0.0
+    return recompute_s + (DECODE_TOKENS * demand.sequences * replica.load.decode_step_s if replica.load.running else 0.0)
 
 
 def _speed(replica: ReplicaSnapshot, demand: Demand) -> float:
@@ -203,5 +216,5 @@ def _turn(candidate: Candidate) -> tuple[int, str]:
 
 def _fullness(candidate: Candidate) -> tuple[float, int, str]:
     replica = candidate.replica
-    tokens = replica.load.pages_active * replica.info.page_size + replica.load.pending_tokens + replica.sent.tokens
+    tokens = replica.load.pages_active * replica.info.page_size + replica.ahead_tokens
     return tokens / replica.info.pool_tokens, *_turn(candidate)

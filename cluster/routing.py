@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..worker.protocol import EventFrame, ModelInfo, ReplicaLoad
 from .ledger import Ledger, Sent
-from .messages import AdmitRequest
+from .messages import AdmitRequest, Route
 from .page_index import PageIndex
 from .policies import (
     POLICIES,
@@ -22,10 +22,10 @@ from .policies import (
     can_ever,
     has_pages,
     has_seats,
-    longest_sequence,
     may_displace,
     predicted_ttft_s,
     request_pages,
+    snapshot,
 )
 
 # Until any replica has measured its own.
@@ -52,6 +52,7 @@ class _Replica:
     load: ReplicaLoad
     known: int | None = None
     last_choice: int = 0
+    shot: ReplicaSnapshot | None = None  # as it stood; None when something but the ledger has changed since
 
 
 class Router:
@@ -70,6 +71,7 @@ class Router:
         self._index = PageIndex()
         self._ledger = Ledger()
         self._usual_tokens_per_s = DEFAULT_TOKENS_PER_S
+        self._largest_tokens = 0
 
     # --- replicas ---
 
@@ -84,8 +86,7 @@ class Router:
         known = self._replicas.get(replica_id)
         if known is not None and known.epoch == epoch:
             del self._replicas[replica_id]
-            self._index.forget(replica_id)
-            self._ledger.forget(replica_id)
+            self._forget(replica_id)
 
     def resync_point(self, replica_id: str, epoch: int) -> int | None:
         """What to ask the replica's events from; None asks for a dump."""
@@ -101,7 +102,7 @@ class Router:
             replica = self._begin(frame.replica_id, frame.epoch, replica.info)
         if replica.known is not None and (frame.next < replica.known or (not frame.dump and frame.after < replica.known)):
             return  # a duplicate, or an older frame that was overtaken
-        replica.load = frame.load
+        replica.load, replica.shot = frame.load, None
         if frame.dump:
             self._index.forget(frame.replica_id)
         elif frame.after != replica.known:
@@ -118,10 +119,15 @@ class Router:
         self._usual_tokens_per_s = sum(speeds) / len(speeds) if speeds else DEFAULT_TOKENS_PER_S
 
     def _begin(self, replica_id: str, epoch: int, info: ModelInfo) -> _Replica:
+        replica = self._replicas[replica_id] = _Replica(replica_id, epoch, info, _idle(info))
+        self._forget(replica_id)
+        return replica
+
+    def _forget(self, replica_id: str) -> None:
+        """What was known of its life before; the replica itself has come or gone."""
         self._index.forget(replica_id)
         self._ledger.forget(replica_id)
-        replica = self._replicas[replica_id] = _Replica(replica_id, epoch, info, _idle(info))
-        return replica
+        self._largest_tokens = max((self._look(replica).longest_tokens for replica in self._replicas.values()), default=0)
 
     # --- requests ---
 
@@ -142,13 +148,12 @@ class Router:
     def _open(self, replicas: list[ReplicaSnapshot], request: AdmitRequest, demand: Demand) -> list[Candidate]:
         """Those of `replicas` that have room, and for some policies those worth waiting for; if none has, where it may displace."""
         seated = [replica for replica in replicas if has_seats(replica, demand)]
-        urgent = [replica for replica in replicas if may_displace(replica, demand)]
-        if not seated and not urgent:
+        if not seated and not any(may_displace(replica, demand) for replica in replicas):
             return []  # before the prompt's pages are looked up: a full cluster is asked often
         held = self._index.longest_prefix(request.hashes)
         with_room = [candidate for candidate in _candidates(seated, held) if has_pages(candidate, demand)]
         if not with_room:
-            return _candidates(urgent, held)
+            return _candidates((replica for replica in replicas if may_displace(replica, demand)), held)
         if self._policy.waits:
             found = {candidate.replica.replica_id for candidate in with_room}
             others = _candidates((r for r in replicas if r.replica_id in held and r.replica_id not in found), held)
@@ -157,7 +162,8 @@ class Router:
 
     def _send(self, request: AdmitRequest, chosen: Candidate, demand: Demand, now_s: float) -> Choice:
         replica = chosen.replica
-        self._replicas[replica.replica_id].last_choice = self._choices
+        entry = self._replicas[replica.replica_id]
+        entry.last_choice, entry.shot = self._choices, None
         choice = Choice(replica.replica_id, replica.epoch, chosen.cached_tokens, predicted_ttft_s(chosen, demand))
         self._ledger.enter(
             Sent(
@@ -178,16 +184,19 @@ class Router:
 
     def largest_tokens(self) -> int:
         """Tokens that the largest replica can ever hold for one sequence; 0 without a replica."""
-        return max((longest_sequence(replica.info) for replica in self._replicas.values()), default=0)
+        return self._largest_tokens
 
     def snapshots(self) -> tuple[ReplicaSnapshot, ...]:
         """Every replica as it is known now, in the order of first appearance."""
-        return tuple(
-            ReplicaSnapshot(
-                r.replica_id, r.epoch, r.info, r.load, self._ledger.of(r.replica_id), self._index.count(r.replica_id), r.last_choice
-            )
-            for r in self._replicas.values()
-        )
+        return tuple(self._look(replica) for replica in self._replicas.values())
+
+    def _look(self, replica: _Replica) -> ReplicaSnapshot:
+        name = replica.replica_id
+        sent = self._ledger.of(name)  # another object whenever it has changed
+        if replica.shot is None or replica.shot.sent is not sent:
+            known = replica.info, replica.load, sent, self._index.count(name), replica.last_choice
+            replica.shot = snapshot(Route(name, replica.epoch), *known)
+        return replica.shot
 
 
 def _candidates(replicas: Iterable[ReplicaSnapshot], held: dict[str, int]) -> list[Candidate]:

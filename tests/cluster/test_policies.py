@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quire.cluster.ledger import NOTHING, Totals
+from quire.cluster.messages import Route
 from quire.cluster.policies import (
     DECODE_TOKENS,
     LOOKAHEAD_S,
@@ -25,6 +26,7 @@ from quire.cluster.policies import (
     predicted_ttft_s,
     pressure_s,
     round_robin,
+    snapshot,
 )
 from quire.worker.protocol import ModelInfo, ReplicaLoad
 
@@ -48,7 +50,7 @@ DEMAND = Demand(sequences=1, prompt_tokens=200, longest_tokens=250, priority=0, 
 
 
 def replica(name: str = "r0", sent: Totals = NOTHING, last_choice: int = 0, info: ModelInfo = INFO, **load) -> ReplicaSnapshot:
-    return ReplicaSnapshot(name, 1, info, IDLE._replace(**load), sent, 0, last_choice)
+    return snapshot(Route(name, 1), info, IDLE._replace(**load), sent, 0, last_choice)
 
 
 def candidate(name: str = "r0", cached: int = 0, **state) -> Candidate:
@@ -119,7 +121,7 @@ def test_only_strictly_higher_priority_displaces_and_a_few_at_a_time():
     busy = {"running": 16, "lowest_priority": 1}
     assert may_displace(replica(**busy), DEMAND)
     assert not may_displace(replica(**busy), DEMAND._replace(priority=1))
-    assert not may_displace(replica(), DEMAND._replace(priority=-5))  # nothing runs
+    assert not may_displace(replica(), DEMAND._replace(priority=-(2**31)))  # nothing runs
     assert not may_displace(replica(sent=Totals(URGENT_AHEAD, 0, 0), **busy), DEMAND)
     assert not may_displace(replica(waiting=16, **busy), DEMAND)
     assert not may_displace(replica(**busy), DEMAND._replace(sequences=49))
