@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 
 from ...worker.actor import Reply, reply_to, start_actor_logging
@@ -139,6 +140,8 @@ class ControllerActor:
         self._table.release(holder)
         if self._table.wanted(time.monotonic()):
             return False
+        if self._loop is not None:
+            self._loop.cancel()
         await self._stop()
         return True
 
@@ -220,7 +223,7 @@ class ControllerActor:
             await asyncio.sleep(TICK_S)
         log.warning("nobody has renewed a lease for %g s: stopping the replicas", LEASE_S)
         await self._stop()
-        ray_.actor.exit_actor()
+        ray.kill(ray_.get_runtime_context().current_actor)  # for good: an end of another kind would be followed by a restart
 
     def _begin(self, name: LifeName, following: Coroutine[Any, Any, None]) -> None:
         self._tasks[name] = asyncio.create_task(self._live(name, following))
