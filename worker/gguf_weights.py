@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .model_config import ModelConfig, UnsupportedModel, in_bounds
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
+from .shard import Part
 from .text.gguf_header import GgufError, GgufHeader, TensorInfo, read_header
 
 # GGML type number -> (name, elements in a block, bytes in a block); from ggml's type table.
@@ -83,13 +85,11 @@ class GgufCheckpoint:
         self.config = config.matching({name: info.shape for name, info in self._infos.items()})
         self._interleaved = header.metadata["general.architecture"] == "llama"
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """See `Checkpoint.tensor`."""
-        found = self._read(self._infos[name])
-        if self._interleaved and ".q_proj." in name:
-            found = _halves(found, self.config.num_heads)
-        if self._interleaved and ".k_proj." in name:
-            found = _halves(found, self.config.num_kv_heads)
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
+        """See `Checkpoint.tensor`; a part of q or k is whole heads."""
+        found = self._read(self._infos[name], part)
+        if self._interleaved and (".q_proj." in name or ".k_proj." in name):
+            found = _halves(found, found.shape[0] // self.config.head_dim)
         return found.to(dtype)
 
     def close(self) -> None:
@@ -98,29 +98,45 @@ class GgufCheckpoint:
 
     def _divisors(self, header: GgufHeader) -> tuple[float, ...]:
         info = header.tensors.get(_ROPE_DIVISORS)
-        return () if info is None else tuple(self._read(info).tolist())
+        return () if info is None else tuple(self._read(info, None).tolist())
 
-    def _read(self, info: TensorInfo) -> Tensor:
-        """The tensor as float32."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
+    def _read(self, info: TensorInfo, part: Part | None) -> Tensor:
+        """The tensor, or the part of it, as float32. Of rows only the blocks that the part touches are dequantised."""
         _, block, block_bytes = _TYPES[info.type_id]
-        kind = GGMLQuantizationType(info.type_id)
-        elements = prod(info.shape)
-        raw = self._data[info.offset : info.offset + elements // block * block_bytes]
-        if kind == GGMLQuantizationType.F32:
-            return torch.from_numpy(raw.view(np.float32).reshape(info.shape).copy())
-        out = np.empty(elements, np.float32)
-        piece = _PIECE_ELEMENTS // block  # blocks
+        columns = info.shape[-1]
+        rows = prod(info.shape) // columns
+        raw = self._data[info.offset : info.offset + rows * columns // block * block_bytes].reshape(rows, columns // block, block_bytes)
+        if part is None:
+            return _dequantised(raw, info.type_id).view(info.shape)
+        if part.dim < len(info.shape) - 1:
+            return _dequantised(raw[part.start : part.stop], info.type_id).view(-1, columns)
+        first = part.start // block
+        whole = _dequantised(raw[:, first : -(-part.stop // block)], info.type_id)
+        cut = whole[:, part.start - first * block : part.stop - first * block]
+        return cut.reshape(*info.shape[:-1], part.stop - part.start)
 
-        def dequantise(first: int) -> None:
-            part = raw[first * block_bytes : (first + piece) * block_bytes]
-            out[first * block : (first + piece) * block] = dequantize(part, kind)  # one long row: its fast case
 
-        with ThreadPoolExecutor(2) as threads:
-            list(threads.map(dequantise, range(0, elements // block, piece)))
-        return torch.from_numpy(out.reshape(info.shape))
+def _dequantised(raw: npt.NDArray[np.uint8], type_id: int) -> Tensor:
+    """Blocks as they lie in the file [rows, blocks, bytes of a block] -> float32 [rows, columns]."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    _, block, _ = _TYPES[type_id]
+    kind = GGMLQuantizationType(type_id)
+    rows, blocks, block_bytes = raw.shape
+    if kind == GGMLQuantizationType.F32:
+        return torch.from_numpy(raw.reshape(rows, -1).view(np.float32).copy())
+    out = np.empty((rows, blocks * block), np.float32)
+    flat, cells = raw.reshape(-1), out.reshape(-1)  # of a part by columns, `flat` is a copy
+    piece = _PIECE_ELEMENTS // block  # blocks
+
+    def dequantise(first: int) -> None:
+        some = flat[first * block_bytes : (first + piece) * block_bytes]
+        cells[first * block : (first + piece) * block] = dequantize(some, kind)  # one long row: its fast case
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(dequantise, range(0, rows * blocks, piece)))
+    return torch.from_numpy(out)
 
 
 def _hugging_face_name(name: str) -> str:

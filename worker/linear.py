@@ -6,7 +6,7 @@ takes its place, and without oneDNN `F.linear`. Elsewhere cuBLAS (through `F.lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,12 @@ class OneDnnLinear:
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
+
+
+def tensors_of(linear: Linear) -> Iterator[Tensor]:
+    """The tensors that a linear of this module keeps, or that the one inside it does."""
+    for value in vars(getattr(linear, "local", linear)).values():
+        yield from (t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor))
 
 
 def linear_factory(device: torch.device | str, dtype: torch.dtype, quantize: str | None) -> MakeLinear:

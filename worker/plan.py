@@ -57,3 +57,10 @@ class StepResult(NamedTuple):
     step: int
     sampled: tuple[Sampled, ...]
     prompt_logprobs: tuple[tuple[int, tuple[TokenLogprob, ...]], ...] = ()  # (seq, for the prompt tokens this step scored)
+
+
+class MemoryBytes(NamedTuple):
+    """What the weights and the page pool take on one rank."""
+
+    weights: int
+    pool: int

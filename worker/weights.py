@@ -17,6 +17,7 @@ from .config import ModelOptions
 from .gguf_weights import GgufCheckpoint
 from .hf_config import read_config, read_json
 from .model_config import ModelConfig, UnsupportedModel
+from .shard import Part
 from .text.source import resolve_model
 
 _FLOATS = {"F32", "F16", "BF16", "F64"}
@@ -35,8 +36,11 @@ class Checkpoint(Protocol):
     path: Path
     kind: str
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor that Hugging Face calls `name`, on the CPU, as `dtype`. May share the file's memory: do not write to it."""
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
+        """The tensor that Hugging Face calls `name`, or a part of it, on the CPU, as `dtype`.
+
+        Only what is asked for is read. May share the file's memory: do not write to it.
+        """
         ...
 
     def close(self) -> None:
@@ -89,9 +93,13 @@ class SafetensorsCheckpoint:
                 self._where[name] = opened
         return shapes
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
         """See `Checkpoint.tensor`."""
-        tensor: Tensor = self._where[name].get_tensor(name)
+        tensor: Tensor
+        if part is None:
+            tensor = self._where[name].get_tensor(name)
+        else:
+            tensor = self._where[name].get_slice(name)[(slice(None),) * part.dim + (slice(part.start, part.stop),)]
         return tensor.to(dtype)
 
     def close(self) -> None:

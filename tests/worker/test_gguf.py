@@ -18,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from quire.worker import gguf_weights
 from quire.worker.gguf_weights import GgufCheckpoint
 from quire.worker.model_config import UnsupportedModel
+from quire.worker.shard import Part
 from quire.worker.text.gguf_header import GgufError, read_header
 
 TOKENS = [int(t) for t in torch.randint(97, (30,), generator=torch.Generator().manual_seed(2))]
@@ -246,6 +247,9 @@ def test_every_type_is_read_as_ggml_defines_it(tmp_path: Path, monkeypatch: pyte
         expected = [value for at in range(0, len(data), size) for value in decode(data[at : at + size])]
         got = checkpoint.tensor(name, torch.float32)
         torch.testing.assert_close(got, torch.tensor(expected).view(256, 256), atol=1e-4, rtol=1e-5, msg=lambda m, k=kind: f"{k.name}: {m}")
+        for part in (Part(0, 64, 192), Part(1, 0, 96), Part(1, 100, 200)):  # of rows some blocks, their ends cut where that must be
+            wanted = got.narrow(part.dim, part.start, part.stop - part.start)
+            assert torch.equal(checkpoint.tensor(name, torch.float32, part), wanted), kind.name
     assert checkpoint.tensor(name, torch.bfloat16).dtype == torch.bfloat16
     assert checkpoint.config.dtype == "bfloat16"  # quantised weights have no type of their own on a GPU
 

@@ -1,0 +1,166 @@
+"""Builds what computes: finds and loads the model, or this rank's shard of it, and makes a page pool beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, cast
+
+import msgpack
+import torch
+
+from ..kernels import cpu, reference
+from .config import EngineOptions, ModelOptions
+from .host_memory import free_bytes
+from .kv_store import KVStore, PageShape
+from .linear import linear_factory
+from .model import DecoderModel, Ops, Progress
+from .model_config import ModelConfig
+from .parallel import RankGroup
+from .protocol import ModelInfo
+from .runner import FollowerRunner, LeaderRunner, ModelRunner
+from .sampler import Sampler
+from .shard import Shard
+from .weights import open_checkpoint
+
+log = logging.getLogger(__name__)
+
+CPU_POOL_SHARE, CPU_POOL_BYTES = 0.25, 8 * 2**30  # default pool of a replica on a CPU: a share of what is free, at most so much
+GPU_POOL_SHARE = 0.85  # default pool on a GPU: a share of what the weights left; the rest is for activations
+
+
+class Sizes(NamedTuple):
+    """What the deciding half must know of the computing half."""
+
+    info: ModelInfo
+    pages: int
+
+
+class _Rank(NamedTuple):
+    """What this rank computes with."""
+
+    config: ModelConfig
+    path: Path
+    model: DecoderModel
+    page: PageShape
+    pages: int  # that fit here
+
+
+def build_runner(
+    options: EngineOptions, progress: Progress | None = None, group: RankGroup | None = None
+) -> tuple[ModelRunner | LeaderRunner, Sizes]:
+    """Load the model that `options` names and make a page pool for it.
+
+    Args:
+        options: of the whole engine.
+        progress: called with (bytes done, bytes in all) while weights load.
+        group: the ranks that share the model, of which this is the leader; None for `tp=1`.
+
+    Raises:
+        ValueError: the model or an option is not supported, on any rank, or the pool would hold no page; names it.
+        GroupBroken: a rank is gone.
+    """
+    rank = _load(options, progress, group)
+    config = rank.config
+    info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
+    sampler = Sampler(config.eos_token_ids, config.vocab_size)
+    runner = ModelRunner(rank.model, _pool(rank, options), sampler, _max_running(options), config.max_model_len)
+    return (runner if group is None else LeaderRunner(runner, group)), Sizes(info, rank.pages)
+
+
+def build_follower(options: EngineOptions, group: RankGroup, progress: Progress | None = None) -> FollowerRunner:
+    """`build_runner` for a rank that follows."""
+    rank = _load(options, progress, group)
+    return FollowerRunner(rank.model, _pool(rank, options), _max_running(options), rank.config.max_model_len)
+
+
+def device_of(options: ModelOptions) -> torch.device:
+    """Where the model runs.
+
+    Raises:
+        ValueError: there is no such device, or it cannot do what is asked.
+    """
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, and torch finds no CUDA device")
+    if options.quantize is not None and name != "cpu":
+        raise ValueError(f"quantize: {options.quantize} runs on a CPU, not on {name}")
+    return torch.device(name)
+
+
+def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
+    ranks = group.size if group else 1
+    if options.parallel.tp != ranks:
+        raise ValueError(f"tp: {options.parallel.tp} ranks are asked for, and there are {ranks}; several run under `quire serve` only")
+    try:
+        rank = _load_own(options, progress, group)
+    except Exception as error:
+        if group is not None:
+            group.exchange(msgpack.packb((0, str(error) or repr(error))))  # the other ranks wait to hear from this one
+        raise
+    return rank if group is None else rank._replace(pages=_agreed(rank.pages, group))
+
+
+def _agreed(pages: int, group: RankGroup) -> int:
+    """Pages of every rank's pool: an id means the same page on all of them, so the rank that can hold least says how many."""
+    said = [msgpack.unpackb(answer) for answer in group.exchange(msgpack.packb((pages, "")))]
+    for rank, (_, error) in enumerate(said):
+        if error:
+            raise ValueError(f"rank {rank}: {error}")
+    return min(int(count) for count, _ in said)
+
+
+def _load_own(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
+    model_options = options.model
+    device = device_of(model_options)
+    torch.set_num_threads(model_options.threads or max(len(os.sched_getaffinity(0)) // options.parallel.tp, 1))
+    checkpoint = open_checkpoint(model_options)
+    config = checkpoint.config
+    shard = Shard(config, group.rank, group.size) if group else Shard(config)
+    dtype = getattr(torch, ("float32" if device.type == "cpu" else config.dtype) if model_options.dtype == "auto" else model_options.dtype)
+    make_linear = linear_factory(device, dtype, model_options.quantize)
+    model = DecoderModel(config, checkpoint, device, dtype, make_linear, _ops(device, dtype), progress, group)
+    checkpoint.close()
+    page = PageShape(shard.num_kv_heads, config.num_layers, options.cache.page_size, config.head_dim, dtype)
+    most = _max_running(options) * -(-config.max_model_len // page.page_size)
+    return _Rank(config, checkpoint.path, model, page, _num_pages(options, page.page_bytes, device, most))
+
+
+def _pool(rank: _Rank, options: EngineOptions) -> KVStore:
+    device = device_of(options.model)
+    gib = rank.pages * rank.page.page_bytes / 2**30
+    log.info(
+        "%s: %d pages of %d tokens, %.2f GiB, on %s in %s", rank.config.name, rank.pages, rank.page.page_size, gib, device, rank.page.dtype
+    )
+    return KVStore(rank.page, rank.pages, device)
+
+
+def _max_running(options: EngineOptions) -> int:
+    return min(options.scheduler.max_running, options.scheduler.max_batch_tokens)
+
+
+def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    fast = device.type == "cpu" and dtype == torch.float32 and cpu.available()
+    module: ModuleType = cpu if fast else reference
+    return cast(Ops, module)
+
+
+def _num_pages(options: EngineOptions, page_bytes: int, device: torch.device, most: int) -> int:
+    """Pages that fit on this rank: as told, else its share of the bytes told, else of what is free now; at most what can be used."""
+    cache, ranks = options.cache, options.parallel.tp
+    if cache.kv_pages is not None:
+        return cache.kv_pages
+    if cache.kv_memory is not None:
+        pool_bytes = cache.kv_memory // ranks
+    elif device.type == "cuda":
+        pool_bytes = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
+    else:
+        pool_bytes = min(int(free_bytes() * CPU_POOL_SHARE), CPU_POOL_BYTES) // ranks
+    if pool_bytes < page_bytes:
+        raise ValueError(f"kv_memory: {pool_bytes} bytes hold no page; one page of {cache.page_size} tokens takes {page_bytes} bytes")
+    return min(pool_bytes // page_bytes, most)
