@@ -32,6 +32,7 @@ from .sequence import Request, Sequence, sequence_seed
 
 if TYPE_CHECKING:
     from .parallel import RankGroup
+    from .tracing import SequenceSpans
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Engine:
         self._clock = clock
         self._rate = _Rate(since_s=clock())
         self._speeds = Speeds()
+        self.spans: SequenceSpans | None = None  # set where traces are kept
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:
         """Check a request and queue all its sequences; the request in canonical form.
@@ -119,7 +121,7 @@ class Engine:
         self._arrivals += 1
         sequences = {s.choice: s for s in self._sequences_of(request)}
         for s in sequences.values():
-            if s.resumed and self.scheduler.finish_of(s)[0] is not None:
+            if s.resumed and self.scheduler.finish_of(s, s.tokens[-1], s.num_output)[0] is not None:
                 raise BadRequest("resume", f"the output of choice {s.choice} has ended already")
         self.scheduler.add(
             Request(
@@ -132,6 +134,8 @@ class Engine:
                 resumed_tokens=sum(s.resumed for s in sequences.values()),
             )
         )
+        if self.spans is not None:
+            self.spans.submitted(request, {s.seq: s.choice for s in sequences.values()})
         return request
 
     def room(self) -> int:
@@ -140,7 +144,7 @@ class Engine:
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""
-        return self.scheduler.abort(request_id, choice)
+        return self._traced(self.scheduler.abort(request_id, choice))
 
     def step(self) -> list[SequenceOutput]:
         """Compute one step; what each sequence gained. Nothing to do gives an empty list.
@@ -155,16 +159,21 @@ class Engine:
         outputs = self.scheduler.expire(started_s)
         plan = self.scheduler.plan()
         if plan is None:
-            return outputs
+            return self._traced(outputs)
         try:
             result = self.runner.run(plan)
         except Exception as error:  # noqa: BLE001  whatever a sequence may provoke; the engine's own fault is raised again
-            return outputs + self._contain(error)
+            return self._traced(outputs + self._contain(error))
         outputs += self.scheduler.apply(result)
         now_s = self._clock()
         self._step_s += now_s - started_s
         self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
+        return self._traced(outputs, plan, now_s - started_s)
+
+    def _traced(self, outputs: list[SequenceOutput], plan: StepPlan | None = None, took_s: float = 0.0) -> list[SequenceOutput]:
+        if self.spans is not None:
+            self.spans.stepped([new.seq for new in plan.new] if plan is not None else (), outputs, took_s)
         return outputs
 
     def _contain(self, error: Exception) -> list[SequenceOutput]:
@@ -174,7 +183,8 @@ class Engine:
         if self.scheduler.isolation.hopeless:
             raise error
         for output in outputs:
-            log.error("request %s, choice %d, makes a step raise and was ended: %r", output.request_id, output.choice, error)
+            who = {"request_id": output.request_id}
+            log.error("choice %d makes a step raise and was ended: %r", output.choice, error, extra=who)
         return outputs
 
     def idle(self) -> bool:

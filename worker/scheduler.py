@@ -288,15 +288,14 @@ class Scheduler(Roster):
         s.tokens.append(token)
         self.counters.output_tokens += 1
         cached = s.cached_tokens if index == 0 else None
-        reason, stop_token = self.finish_of(s)
+        reason, stop_token = self.finish_of(s, token, index + 1)
         if reason is not None:
             self._end(s, reason)
         logprobs = None if answer.logprob is None else (answer.logprob,)
         return SequenceOutput(s.request_id, s.choice, index, (token,), reason, stop_token, cached, logprobs, scores)
 
-    def finish_of(self, s: Sequence) -> tuple[FinishReason | None, int | None]:
-        """Whether the latest output token of `s` ends it: why, and the stop token that does."""
-        token, num_output = s.tokens[-1], s.num_output
+    def finish_of(self, s: Sequence, token: int, num_output: int) -> tuple[FinishReason | None, int | None]:
+        """Whether `token`, the latest of `num_output` output tokens, ends `s`: why, and the stop token that does."""
         if num_output >= s.params.min_tokens:
             if token in self.eos_token_ids and not s.params.ignore_eos:
                 return FinishReason.STOP, token

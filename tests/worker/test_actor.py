@@ -23,6 +23,7 @@ from quire.worker.protocol import (
     ReplicaLost,
     SamplingParams,
     SequenceOutput,
+    unpack_events,
     unpack_frame,
 )
 
@@ -268,5 +269,64 @@ def test_a_reader_that_does_not_renew_its_lease_is_given_up() -> None:
         assert given_up == [1]
         with pytest.raises(ReplicaLost, match=r"not renewed for 11\.0 s"):
             await outbox.take(WAIT_S)
+
+    run(scenario)
+
+
+def test_events_come_as_soon_as_there_are_any_and_else_when_the_time_is_up() -> None:
+    async def scenario() -> None:
+        actor = await started()
+        first = unpack_events(await actor.events(None, WAIT_S))
+        assert (first.replica_id, first.epoch, first.dump, first.next) == ("r0", 3, True, 0)
+        nothing = unpack_events(await actor.events(0, 0.01))
+        assert (nothing.dump, nothing.next, nothing.started, nothing.load.pages_free) == (False, 0, (), 64)
+        frames = await connected(actor, "i")
+        waiting = asyncio.create_task(actor.events(0, WAIT_S))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await actor.submit("i", 3, request("a").to_wire())
+        news = unpack_events(await waiting)
+        assert [r.request_id for r in news.started] == ["a"]
+        await outputs_of(frames, "a")
+        ended: list[tuple[str, int]] = []
+        after = news.next
+        while not ended:
+            news = unpack_events(await actor.events(after, WAIT_S))
+            ended, after = list(news.ended), news.next
+        assert ended == [("a", 5)]
+        assert news.served == {"": 5}
+
+    run(scenario)
+
+
+def test_operators_see_the_requests_and_the_pages() -> None:
+    async def scenario() -> None:
+        actor = await started(hash_engine(pages=512, max_running=2))
+        assert await actor.requests() == []
+        assert await actor.page_map() == b"f" * 512
+        frames = await connected(actor, "i")
+        await actor.submit("i", 3, endless("a").to_wire())
+        ((name, _, _, state, sequences, prompt_tokens, _, pages),) = await actor.requests()
+        assert (name, state, sequences, prompt_tokens) == ("a", "running", 1, 3)
+        assert pages >= 1
+        assert b"a" in await actor.page_map()
+        await frames.aclose()
+
+    run(scenario)
+
+
+def test_an_engine_that_is_not_there_has_nothing_to_tell() -> None:
+    async def scenario() -> None:
+        go = threading.Event()
+
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
+            go.wait(WAIT_S)
+            return hash_engine()
+
+        actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
+        for ask in (actor.events(None, 1.0), actor.requests(), actor.page_map()):
+            with pytest.raises(ReplicaLost, match="not ready"):
+                await ask
+        go.set()
 
     run(scenario)

@@ -125,3 +125,40 @@ def test_when_every_step_raises_everybody_hears_of_the_death():
     with pytest.raises(ReplicaLost):
         loop.events(0, wait=True).result(WAIT_S)
     loop.stop(WAIT_S)
+
+
+def test_who_waits_for_news_is_told_once_and_who_leaves_is_forgotten(loop):
+    gone, stays = loop.events(0, wait=True), loop.events(0, wait=True)
+    assert loop.events(0, wait=False).result(WAIT_S).next == 0  # asked after the two, and answered before them
+    assert gone.cancel()
+    ingress = Ingress()
+    loop.subscribe("i", ingress.deliver)
+    loop.submit("i", request("a"))
+    frame = stays.result(WAIT_S)
+    assert [r.request_id for r in frame.started] == ["a"]
+    ingress.until_finished("a")
+    assert loop.events(None, wait=True).result(WAIT_S).dump  # always news
+    assert loop._pollers == []
+
+
+def test_a_step_that_takes_long_can_be_seen():
+    engine = hash_engine()
+    loop = EngineLoop(engine, "r0", 3)
+    compute, entered, go = engine.runner.run, threading.Event(), threading.Event()
+
+    def slow(plan):
+        entered.set()
+        assert go.wait(WAIT_S)
+        return compute(plan)
+
+    engine.runner.run = slow
+    loop.start()
+    loop.subscribe("i", Ingress().deliver)
+    loop.submit("i", request("a", max_tokens=1))
+    assert entered.wait(WAIT_S)
+    first = loop.step_s()
+    assert loop.step_s() > first > 0.0
+    go.set()
+    while loop.step_s():
+        pass
+    loop.stop(WAIT_S)
