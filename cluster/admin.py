@@ -42,7 +42,7 @@ class PageCounts(NamedTuple):
 
 
 class ReplicaRow(NamedTuple):
-    """One replica. `state` is `starting`, `ready` or `dead`, `reason` why it is not ready, as far as that is known.
+    """One replica. `state` is one of `cluster.controller.ReplicaState`, `reason` why it is not ready, as far as that is known.
 
     `model` is empty until the replica has said what it serves.
     `prompt_tokens` and `output_tokens` count from the start of this life of the replica; `epoch` names the life.

@@ -212,13 +212,13 @@ class RemoteEngineClient:
                 case Withdraw(request_id):
                     self._controller.withdraw(request_id)
                 case Lost(request_id, owner, reason):
-                    log.info("request %s: %s is lost: %s", request_id, owner.replica_id, reason)
+                    log.info("%s is lost: %s", owner.replica_id, reason, extra={"request_id": request_id})
                     self._recovery = self._recovery._replace(lost=self._recovery.lost + 1)
                 case Resumed():
                     self._note_resumed(command)
 
     def _note_resumed(self, of: Resumed) -> None:
-        log.info("request %s: goes on at %s after a pause of %.3f s", of.request_id, of.owner.replica_id, of.pause_s)
+        log.info("goes on at %s after a pause of %.3f s", of.owner.replica_id, of.pause_s, extra={"request_id": of.request_id})
         lost, resumed, tokens, pause_s = self._recovery
         self._recovery = RecoveryStats(lost, resumed + 1, tokens + of.replayed_tokens, pause_s + of.pause_s)
 
@@ -230,7 +230,7 @@ class RemoteEngineClient:
     def _worked(self, journal: Journal, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("request %s", journal.request_id, exc_info=task.exception())
+            log.error("internal error", exc_info=task.exception(), extra={"request_id": journal.request_id})
             self._go_on(journal, journal.give_up(RequestFailed("internal error")))
 
     async def _ask(self, journal: Journal, ask: Ask) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,6 +32,7 @@ from ..worker.text.source import resolve_model
 from .admin.guard import check_admin
 from .admin.server import bind, start_admin
 from .ingresses import Ingresses
+from .json_lines import JsonLines
 from .process_tree import descendants, end
 from .serve_app import IngressDied, probe, reserve
 from .tenants_file import load_tenants
@@ -59,7 +60,8 @@ def serve(options: QuireOptions) -> int:
         options = _checked(options)  # what cannot work is said before anything is started
         signals.install()
         stdout = sys.stdout
-        with redirect_stdout(sys.stderr), closing(reserve(options.server)) as held:  # stderr: where Ray puts what its processes print
+        rest = JsonLines(sys.stderr) if options.server.log_format == "json" else sys.stderr  # for what Ray's processes print
+        with redirect_stdout(rest), redirect_stderr(rest), closing(reserve(options.server)) as held:
             options = replace(options, server=replace(options.server, port=held.getsockname()[1]))
             with _cluster(options) as (cluster, phases):
                 signals.install()  # Ray has put its own handlers there
@@ -125,7 +127,7 @@ def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases:
     cluster.check()
     admin = start_admin(AdminPort(options.cluster.namespace), options.admin)
     watch = _Watch(cluster)
-    with _LoadingBar() as bar:
+    with _LoadingBar(shown=options.server.log_format == "text") as bar:
         while (started := ingresses.start(TICK_S)) is None or not watch.settled:
             bar.show(watch.replicas())
             if signals.count:
@@ -202,9 +204,10 @@ class _Watch:
 
 
 class _LoadingBar:
-    """Weights loaded, on stderr."""
+    """Weights loaded, on stderr, where people read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
         self._bar: Any = None
         self._said = ""
 
@@ -222,7 +225,7 @@ class _LoadingBar:
             self._said = waits_for
             log.info("%s", waits_for)
         done, total = sum(r.loaded for r in replicas), sum(r.to_load for r in replicas)
-        if not total:
+        if not total or not self._shown:
             return
         if self._bar is None:
             self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, file=sys.stderr, leave=False)

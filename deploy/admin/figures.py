@@ -13,8 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ...cluster.admin import ClusterStatus
+from ...cluster.controller import ReplicaState
 
-STATES = ("starting", "ready", "dead")
+STATES = tuple(state.value for state in ReplicaState)
 
 
 def exposition(status: ClusterStatus) -> bytes:
@@ -32,7 +33,7 @@ class _StatusCollector(Collector):
         status, figures = self._status, self._status.figures
         states = Counter(replica.state for replica in status.replicas)
         replicas = GaugeMetricFamily("quire_replicas", "Replicas by state.", labels=["state"])
-        for state in (*STATES, *sorted(states.keys() - set(STATES))):
+        for state in STATES:
             replicas.add_metric([state], states[state])
         yield replicas
         yield GaugeMetricFamily("quire_ingresses", "HTTP server processes.", value=len(status.ingresses))

@@ -191,6 +191,7 @@ def test_its_metrics_are_those_of_the_docs(admin: Admin, root: Path) -> None:
     expected = {
         ("quire_replicas", "ready"): 1,
         ("quire_replicas", "starting"): 1,
+        ("quire_replicas", "suspect"): 0,
         ("quire_replicas", "dead"): 0,
         ("quire_ingresses",): 1,
         ("quire_queue_requests",): 3,
