@@ -44,6 +44,13 @@ def add_parser(commands: Any, api_key: str | None) -> None:
     what.add_argument(
         "--max-request-tokens", type=positive_int, metavar="N", help="leave out longer requests of a trace (default: what /v1/models says)"
     )
+    what.add_argument(
+        "--one-session-in",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="of a Mooncake trace, take whole sessions, one in N (default: 1)",
+    )
     what.add_argument("--vocab-size", type=positive_int, default=10_000, metavar="N", help="bound of random token ids (default: 10000)")
     what.add_argument("--temperature", type=nonnegative_float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
@@ -91,7 +98,7 @@ def _requests(args: argparse.Namespace, max_model_tokens: int | None) -> list[Lo
     if args.prompts is not None:
         return workload.prompts_file(args.prompts, args.num_requests, args.output_tokens)
     max_tokens = args.max_request_tokens or max_model_tokens
-    options = workload.TraceOptions(scale=args.scale, max_tokens=max_tokens, vocab_size=args.vocab_size, seed=args.seed)
+    options = workload.TraceOptions(args.scale, max_tokens, args.one_session_in, args.vocab_size, args.seed)
     if args.trace is not None:
         return workload.trace_file(args.trace, args.num_requests, options)
     return workload.fixed_lengths(args.num_requests, args.input_tokens, args.output_tokens, options)

@@ -46,10 +46,15 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """How a trace is cut to size: lengths are divided by `scale`; requests beyond `max_tokens` in all are left out."""
+    """How a trace is cut to size: lengths are divided by `scale`; requests beyond `max_tokens` in all are left out.
+
+    Of a Mooncake trace, `one_session_in` N takes one session in N and leaves out the others: the requests that follow each other in
+    a session, and share a prefix, stay together, so that a small excerpt reuses as much as the whole.
+    """
 
     scale: float = 1.0
     max_tokens: int | None = None
+    one_session_in: int = 1
     vocab_size: int = 10_000
     seed: int = 0
 
@@ -134,6 +139,9 @@ def _mooncake(lines: Iterable[tuple[int, str]], path: Path, options: TraceOption
             raise WorkloadError(f"{path}:{number}: {error!r}") from None
         if options.max_tokens is not None and length + output > options.max_tokens:
             continue  # before its tokens are made
+        session = hashes[:2]  # the first block is common to most of the trace
+        if random.Random(f"{options.seed}:session:{session}").randrange(options.one_session_in):
+            continue
         for block in hashes:
             if block not in blocks:
                 blocks[block] = _random_tokens(random.Random(f"{options.seed}:{block}"), block_tokens, options.vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -98,6 +99,15 @@ def test_mooncake_scaled_by_16_maps_a_block_to_32_tokens(file):
     assert (len(one.prompt), one.output_tokens) == (64, 1)
     assert one.prompt[:32] == two.prompt[:32]
     assert one.prompt[32:] != two.prompt[32:]
+
+
+def test_a_sample_of_a_mooncake_trace_keeps_sessions_whole(file):
+    rows = [(turn * 1000, 1000 + 100 * turn, 16, [0, session, *range(turn)]) for turn in range(3) for session in range(100, 500)]
+    got = trace_file(file("m.jsonl", mooncake(*rows)), 10_000, TraceOptions(one_session_in=10))
+    turns = Counter(request.prompt[512:1000] for request in got)
+    assert set(turns.values()) == {3}
+    assert 20 <= len(turns) <= 60  # of 400
+    assert got[0].arrival_s == 0.0
 
 
 @pytest.mark.parametrize(
