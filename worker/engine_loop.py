@@ -51,6 +51,7 @@ class EngineLoop:
         replica_id, epoch: who the frames say they come from.
         heartbeat_s: at least this often every ingress gets a frame with stats, also when idle.
         on_death: called on the engine thread, with the exception, when a step raised; nothing runs after it.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -60,12 +61,15 @@ class EngineLoop:
         epoch: int,
         heartbeat_s: float = 0.5,
         on_death: Callable[[BaseException], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._replica_id = replica_id
         self._epoch = epoch
         self._heartbeat_s = heartbeat_s
         self._on_death = on_death
+        self._clock = clock
+        self._beat_s = clock()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._subscribers: dict[str, _Subscriber] = {}
@@ -147,7 +151,7 @@ class EngineLoop:
     def step_s(self) -> float:
         """Seconds that the step has taken so far that is being computed now; 0.0 when none is."""
         began_s = self._step_began_s
-        return 0.0 if began_s is None else time.monotonic() - began_s
+        return 0.0 if began_s is None else self._clock() - began_s
 
     # --- the inbox ---
 
@@ -174,27 +178,30 @@ class EngineLoop:
 
     # --- on the engine thread ---
 
+    def turn(self) -> None:
+        """What has come in, one step, and what goes out after it. The thread calls it again and again; a simulation in its stead."""
+        while self._inbox:
+            self._inbox.popleft()()
+        self._step_began_s = self._clock()
+        outputs = self._engine.step()
+        self._step_began_s = None
+        now_s = self._clock()
+        due = now_s - self._beat_s >= self._heartbeat_s
+        self._stats = self._engine.stats()
+        if outputs or due:
+            self._send(outputs, self._stats if due else None)
+        if due:
+            self._beat_s = now_s
+        if self._pollers:
+            self._tell_news()
+
     def _run(self) -> None:
-        beat_s = time.monotonic()
         try:
             while not self._stopping:
                 self._wake.clear()
-                while self._inbox:
-                    self._inbox.popleft()()
-                self._step_began_s = time.monotonic()
-                outputs = self._engine.step()
-                self._step_began_s = None
-                now_s = time.monotonic()
-                due = now_s - beat_s >= self._heartbeat_s
-                self._stats = self._engine.stats()
-                if outputs or due:
-                    self._send(outputs, self._stats if due else None)
-                if due:
-                    beat_s = now_s
-                if self._pollers:
-                    self._tell_news()
+                self.turn()
                 if self._engine.idle():
-                    self._wake.wait(max(self._heartbeat_s - (now_s - beat_s), 0.0))
+                    self._wake.wait(max(self._heartbeat_s - (self._clock() - self._beat_s), 0.0))
         except BaseException as error:
             log.exception("replica %s: the engine died", self._replica_id)
             self.dead = error
