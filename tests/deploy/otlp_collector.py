@@ -41,6 +41,20 @@ class Collector:
                 raise TimeoutError(f"only {[span.name for span in self.spans]} came")
             return {span.name: span for span in self.spans}
 
+    def wait_for_trace(self, response_id: str, names: set[str]) -> list[Any]:
+        """The spans of one request, once all of `names` are there."""
+
+        def whole() -> bool:
+            return {span.name for span in mine()} >= names
+
+        def mine() -> list[Any]:
+            return [span for span in self.spans if attributes(span).get("gen_ai.response.id") == response_id]
+
+        with self._news:
+            if not self._news.wait_for(whole, WAIT_S):
+                raise TimeoutError(f"only {[span.name for span in mine()]} came")
+            return mine()
+
     def _take(self, path: str, body: bytes) -> int:
         if path != "/v1/traces":
             return 404
