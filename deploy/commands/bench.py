@@ -54,6 +54,8 @@ def add_parser(commands: Any, api_key: str | None) -> None:
     what.add_argument("--vocab-size", type=positive_int, default=10_000, metavar="N", help="bound of random token ids (default: 10000)")
     what.add_argument("--temperature", type=nonnegative_float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
+    what.add_argument("--priority", choices=("high", "normal", "low"), help="of every request (Quire's own field; default: none is sent)")
+    what.add_argument("--deadline-ms", type=positive_int, metavar="MS", help="how long a request may wait for its turn (Quire's own field)")
     when = parser.add_argument_group("when (one of)").add_mutually_exclusive_group()
     when.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="closed loop: so many at any time (default: 8)")
     when.add_argument("--rate", type=positive_float, metavar="X", help="open loop: so many a second on average (Poisson)")
@@ -110,7 +112,7 @@ async def _load(server: Server, requests: list[LoadRequest], args: argparse.Name
     from ..load.client import LoadRun, Sampling
     from ..load.workload import arrivals
 
-    sampling = Sampling(model, args.temperature, args.seed if args.temperature else None)
+    sampling = Sampling(model, args.temperature, args.seed if args.temperature else None, args.priority, args.deadline_ms)
     times_s = arrivals(requests, args.rate, args.speedup, args.seed)
     failed = output_tokens = 0
     with tqdm(total=len(requests), unit="request", file=sys.stderr, dynamic_ncols=True) as bar:

@@ -45,6 +45,8 @@ class Sampling:
     model: str
     temperature: float = 0.0
     seed: int | None = None
+    priority: str | None = None
+    deadline_ms: int | None = None
 
 
 class LoadRun:
@@ -99,8 +101,8 @@ def body_of(request: LoadRequest, sampling: Sampling) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if sampling.seed is not None:
-        body["seed"] = sampling.seed
+    more = {"seed": sampling.seed, "priority": sampling.priority, "deadline_ms": sampling.deadline_ms}
+    body |= {name: value for name, value in more.items() if value is not None}
     if request.exact:
         body["ignore_eos"] = True
     return body

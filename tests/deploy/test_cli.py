@@ -125,6 +125,13 @@ def test_bench_measures_a_server_and_writes_json_and_png(peer, tmp_path, capsys)
     assert figures["model"] == "tiny"
     assert picture.stat().st_size > 10_000
     assert all(len(body["prompt"]) == 5 and body["model"] == "tiny" and body["temperature"] == 0 for body in peer.bodies)
+    assert not any("priority" in body or "deadline_ms" in body for body in peer.bodies)  # other servers do not know them
+
+
+def test_bench_can_say_how_urgent_its_requests_are(peer, capsys):
+    argv = "--num-requests 2 --output-tokens 2 --priority low --deadline-ms 500".split()
+    assert cli.main(["bench", "--url", peer.url, *argv]) == 0
+    assert [(body["priority"], body["deadline_ms"]) for body in peer.bodies] == [("low", 500)] * 2
 
 
 def test_bench_with_a_trace_leaves_out_what_the_served_model_cannot_hold(peer, tmp_path, capsys):
