@@ -89,9 +89,7 @@ def test_pages_are_counted_from_tokens() -> None:
 def test_more_pages_than_the_tenant_may_hold_are_refused_by_name() -> None:
     tenant = Tenant(TenantLimits("t", max_pages=4), 16)
     tenant.check_size(request(prompt=32, output=32))
-    with pytest.raises(
-        BadRequest, match=r"max_tokens: 33 prompt tokens and up to 32 output tokens need 5 pages of 16 tokens; tenant t may hold 4"
-    ):
+    with pytest.raises(BadRequest, match=r"max_tokens: 33 prompt .* 32 output tokens need 5 pages of 16 tokens; tenant t may hold 4"):
         tenant.check_size(request(prompt=33, output=32))
 
 
