@@ -210,8 +210,8 @@ def _gloo(name: str, store: Any, host: str, me: Membership, timeout: timedelta) 
 
 
 def _nccl(store: Any, me: Membership, timeout: timedelta, device: torch.device) -> Any:
-    """A group of this rank's GPU and the others'."""
-    torch.cuda.set_device(device)
+    """A group of this rank's GPU and the others'. Ray lets every rank see one GPU alone, so that is number 0 everywhere."""
+    torch.cuda.set_device(device.index or 0)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(dist.PrefixStore("tensors", store), me.rank, me.size, options)

@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,6 +55,27 @@ def test_every_number_of_ranks_gives_the_same_tokens(config: PretrainedConfig, t
         assert found[tp][:2] == found[1][:2]
         torch.testing.assert_close(found[tp][2], found[1][2], atol=1e-4, rtol=0)
     assert all(len(t) == 10 for t in found[1][0])
+
+
+def test_ranks_follow_through_preemption_and_shared_pages(tmp_path: Path) -> None:
+    random_model(MODELS["llama"]).save_pretrained(tmp_path)
+    found = {}
+    for tp in (1, 2):
+        options = tiny_options(tmp_path, tp)
+        with ranks(replace(options, cache=replace(options.cache, kv_pages=15))) as several:  # one prompt and its output take 11
+            engine = several.engine
+            for i, prompt in enumerate(PROMPTS):
+                params = SamplingParams(n=2, max_tokens=10, temperature=1.0, seed=i, ignore_eos=True)
+                engine.submit(GenerateRequest(str(i), (tuple(prompt),), params))
+            outputs: dict[tuple[str, int], list[int]] = {}
+            while not engine.idle():
+                for o in engine.step():
+                    outputs.setdefault((o.request_id, o.choice), []).extend(o.tokens)
+            assert engine.stats().preemptions["recompute"] > 0
+        found[tp] = outputs
+    assert found[2] == found[1]
+    assert {len(t) for t in found[1].values()} == {10}
+    assert len(found[1]) == 6
 
 
 def scores(outputs: list) -> torch.Tensor:
@@ -168,7 +190,8 @@ def test_smollm2_on_three_ranks() -> None:
             held[tp] = several.memory()
     assert found[3] == found[1]
     norms = (30 * 2 + 1) * 576 * 4
-    assert {m.weights for m in held[3]} == {norms + (held[1][0].weights - norms) // 3}
+    share = norms + (held[1][0].weights - norms) // 3
+    assert all(share <= m.weights < 1.02 * share for m in held[3])  # a packed weight is filled up to whole panels
     assert {m.pool for m in held[3]} == {held[1][0].pool // 3}
 
 
@@ -207,7 +230,8 @@ def test_a_killed_follower_is_noticed_in_the_step_and_without_one(tmp_path: Path
     process.join(WAIT_S)
 
 
-def test_a_stopped_follower_ends_the_replica(tmp_path: Path) -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_stopped_follower_ends_the_replica(busy: bool, tmp_path: Path) -> None:
     random_model(MODELS["llama"]).save_pretrained(tmp_path)
     options = tiny_options(tmp_path, 2, 2.0)
     codes: queue.Queue[int] = queue.Queue()
@@ -219,8 +243,11 @@ def test_a_stopped_follower_ends_the_replica(tmp_path: Path) -> None:
     assert report["weight_bytes"] > 0
     assert codes.empty()
     os.kill(process.pid, signal.SIGSTOP)
+    if busy:  # a step begins that never ends
+        actor._loop.subscribe("i", lambda frame: None)
+        actor._loop.submit("i", GenerateRequest("a", ((1, 2, 3),), SamplingParams(max_tokens=5)))
     assert codes.get(timeout=WAIT_S) == 1
-    assert "silent too long" in asyncio.run(actor.report())["failure"]
+    assert asyncio.run(actor.report())["failure"]
     process.kill()
     process.join(WAIT_S)
 
