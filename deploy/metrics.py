@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -64,37 +65,42 @@ class Metrics:
         """One HTTP request was answered."""
         self._http[route, status] = self._http.get((route, status), 0) + 1
 
-    def admission(self, wait_s: float) -> None:
-        """There was a place for a request after so long."""
-        self._admission.observe(wait_s)
-
     def generation(self, started_s: float) -> GenerationClock:
         """A clock for a request that was received at `started_s` (time.perf_counter)."""
-        return GenerationClock(self._ttft, self._tpot, self._e2e, started_s)
+        return GenerationClock(Latencies(self._admission, self._ttft, self._tpot, self._e2e), started_s)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
 
 
+class Latencies(NamedTuple):
+    """Where a clock writes."""
+
+    admission: Histogram
+    ttft: Histogram
+    tpot: Histogram
+    e2e: Histogram
+
+
 class GenerationClock:
     """When the outputs of one request came. Only requests that end by themselves count for latency."""
 
-    def __init__(self, ttft: Histogram, tpot: Histogram, e2e: Histogram, started_s: float) -> None:
-        self._ttft = ttft
-        self._tpot = tpot
-        self._e2e = e2e
+    def __init__(self, latencies: Latencies, started_s: float) -> None:
+        self._admission, self._ttft, self._tpot, self._e2e = latencies
         self._started_s = started_s
         self._first_s: dict[int, float] = {}
         self.ttft_s: float | None = None
 
-    def tokens(self, choice: int) -> None:
-        """Output of a choice has come."""
+    def tokens(self, choice: int, waited_s: float | None = None) -> None:
+        """Output of a choice has come, of a request that waited so long for its place."""
         if choice not in self._first_s:
             now_s = time.perf_counter()
             if not self._first_s:
                 self.ttft_s = now_s - self._started_s
                 self._ttft.observe(self.ttft_s)
+                if waited_s is not None:
+                    self._admission.observe(waited_s)
             self._first_s[choice] = now_s
 
     def ended(self, choice: int, tokens: int) -> None:

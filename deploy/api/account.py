@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from ...worker.logs import about
 from ...worker.protocol import QuireError, SamplingParams
 from ...worker.tracing import Tracing
-from ..metrics import Metrics
 from .errors import ApiError, as_api_error
 from .generation import Generation
 
@@ -32,9 +31,8 @@ class Called(NamedTuple):
 class Account:
     """Entered when the request has been read, left when its last byte has gone. Lines logged between carry its id."""
 
-    def __init__(self, called: Called, metrics: Metrics, tracing: Tracing | None) -> None:
+    def __init__(self, called: Called, tracing: Tracing | None) -> None:
         self._called = called
-        self._metrics = metrics
         self._tracing = tracing
         self._began_s, self._began_ns = time.perf_counter(), time.time_ns()
         self._error: ApiError | None = None
@@ -65,8 +63,6 @@ class Account:
         status = self._error.status if self._error is not None else 200
         self._log(status)
         waited_s = self.generation.waited_s if self.generation is not None else None
-        if waited_s is not None:
-            self._metrics.admission(waited_s)
         if self._tracing is not None and self.generation is not None:
             admitted_ns = time.time_ns() if waited_s is None else self._began_ns + int(waited_s * 1e9)
             about_it = {"gen_ai.response.id": self._called.request_id, "quire.tenant": self._called.tenant or None}

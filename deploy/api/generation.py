@@ -124,7 +124,7 @@ class Generation:
             raise DeadlineExceeded("the deadline passed before the request had its turn")
         if output.finish is FinishReason.ABORT:
             raise ReplicaLost("it gave the request up")
-        self._clock.tokens(output.choice)
+        self._clock.tokens(output.choice, self._stream.waited_s)
         prompt, sibling = divmod(output.choice, self._request.params.n)
         if output.cached_tokens is not None and sibling == 0:
             self._cached[prompt] = output.cached_tokens

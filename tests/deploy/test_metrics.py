@@ -72,13 +72,14 @@ def test_latencies_of_a_request_with_two_choices() -> None:
     metrics = Metrics(dict)
     clock = metrics.generation(started_s=0.0)
     for choice in (0, 1, 0):
-        clock.tokens(choice)
+        clock.tokens(choice, waited_s=0.5)
     clock.ended(0, tokens=2)
     clock.ended(1, tokens=1)  # a single token has no time between tokens
     clock.all_ended()
     values = exported(metrics)
-    counts = {name: values[f"quire_{name}_seconds_count", frozenset()] for name in ("ttft", "tpot", "e2e")}
-    assert counts == {"ttft": 1, "tpot": 1, "e2e": 1}
+    counts = {name: values[f"quire_{name}_seconds_count", frozenset()] for name in ("admission", "ttft", "tpot", "e2e")}
+    assert counts == {"admission": 1, "ttft": 1, "tpot": 1, "e2e": 1}
+    assert values["quire_admission_seconds_sum", frozenset()] == 0.5
     assert values["quire_ttft_seconds_sum", frozenset()] <= values["quire_e2e_seconds_sum", frozenset()]
 
 
