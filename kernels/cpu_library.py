@@ -55,4 +55,4 @@ def _library() -> Library | None:
 
 def _function(function: Any, result: type | None, arguments: list[type]) -> Callable[..., Any]:
     function.restype, function.argtypes = result, arguments
-    return function  # type: ignore[no-any-return]
+    return function

@@ -284,7 +284,7 @@ class ReplicaActor:
             self._failure = str(error) or repr(error)
 
     def _lead(self, listener: socket.socket) -> RankGroup:
-        from .build import device_of
+        from .backend import device_of
         from .parallel import lead
 
         parallel, device = self._options.parallel, device_of(self._options.model)

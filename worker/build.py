@@ -6,18 +6,16 @@ import logging
 import os
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import msgpack
 import torch
 
-from ..kernels import cpu, reference
-from .config import EngineOptions, ModelOptions
+from .backend import device_of, kernels_of, linears_of, ops_of
+from .config import EngineOptions
 from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
-from .linear import linear_factory
-from .model import DecoderModel, Ops, Progress
+from .model import DecoderModel, Progress
 from .model_config import ModelConfig
 from .parallel import RankGroup
 from .protocol import ModelInfo
@@ -77,22 +75,6 @@ def build_follower(options: EngineOptions, group: RankGroup, progress: Progress 
     return FollowerRunner(rank.model, _pool(rank, options), _max_running(options), rank.config.max_model_len)
 
 
-def device_of(options: ModelOptions) -> torch.device:
-    """Where the model runs.
-
-    Raises:
-        ValueError: there is no such device, or it cannot do what is asked.
-    """
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, and torch finds no CUDA device")
-    if options.quantize is not None and name != "cpu":
-        raise ValueError(f"quantize: {options.quantize} runs on a CPU, not on {name}")
-    return torch.device(name)
-
-
 def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
     ranks = group.size if group else 1
     if options.parallel.tp != ranks:
@@ -123,8 +105,12 @@ def _load_own(options: EngineOptions, progress: Progress | None, group: RankGrou
     config = checkpoint.config
     shard = Shard(config, group.rank, group.size) if group else Shard(config)
     dtype = getattr(torch, ("float32" if device.type == "cpu" else config.dtype) if model_options.dtype == "auto" else model_options.dtype)
-    make_linear = linear_factory(device, dtype, model_options.quantize)
-    model = DecoderModel(config, checkpoint, device, dtype, make_linear, _ops(device, dtype), progress, group)
+    kernels = kernels_of(model_options, device, dtype)
+    if model_options.deterministic and device.type == "cuda" and group is not None:
+        raise ValueError("deterministic: NCCL's sums depend on the batch, so it needs tp = 1 on a GPU")
+    make_linear, ops = linears_of(model_options, kernels, device, dtype), ops_of(model_options, kernels)
+    log.info("%s kernels on %s in %s%s", kernels, device, dtype, ", deterministic" if model_options.deterministic else "")
+    model = DecoderModel(config, checkpoint, device, dtype, make_linear, ops, progress, group)
     checkpoint.close()
     page = PageShape(shard.num_kv_heads, config.num_layers, options.cache.page_size, config.head_dim, dtype)
     most = _max_running(options) * -(-config.max_model_len // page.page_size)
@@ -142,12 +128,6 @@ def _pool(rank: _Rank, options: EngineOptions) -> KVStore:
 
 def _max_running(options: EngineOptions) -> int:
     return min(options.scheduler.max_running, options.scheduler.max_batch_tokens)
-
-
-def _ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    fast = device.type == "cpu" and dtype == torch.float32 and cpu.available()
-    module: ModuleType = cpu if fast else reference
-    return cast(Ops, module)
 
 
 def _num_pages(options: EngineOptions, page_bytes: int, device: torch.device, most: int) -> int:

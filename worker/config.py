@@ -30,6 +30,14 @@ class ModelOptions:
         "type of weights, activations and KV; auto: float32 on a CPU, the checkpoint's on a GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    attention: str = option(
+        "auto",
+        "kernels: triton (a GPU), compiled (C, float32 on a CPU) or torch (anywhere); auto: the first of them that the device has",
+        choices=("auto", "triton", "compiled", "torch"),
+    )
+    deterministic: bool = option(
+        False, "a token's result does not depend on the batch, on chunks or on recompute; costs speed on a GPU (docs/performance.md)"
+    )
     quantize: str | None = option(None, "int8: weights and activations of the linears in 8 bits (CPU)", choices=("int8",))
     max_model_len: int | None = option(None, "longest prompt + output in tokens; default: what the model was trained for")
     seed: int = option(0, "where the seeds of requests that bring none come from")

@@ -34,6 +34,21 @@ class PlainLinear:
         return F.linear(x, self.weight, self.bias)
 
 
+class FixedLinear:
+    """Triton's product with tiles that no batch changes, for the deterministic mode on a GPU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        from ..kernels.fixed_matmul import fixed_matmul  # Triton is there only where there is a GPU
+
+        self._product = fixed_matmul
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._product(x, self.weight, self.bias)
+        return y
+
+
 class CompiledLinear:
     """float32 on a CPU: a token's result is the same bits in every batch."""
 

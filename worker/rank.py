@@ -88,7 +88,8 @@ class RankActor:
 
     def _run(self) -> None:
         sys.setswitchinterval(SWITCH_S)
-        from .build import build_follower, device_of  # here, so that the actor answers before torch is imported
+        from .backend import device_of
+        from .build import build_follower  # here, so that the actor answers before torch is imported
         from .parallel import GroupBroken, Membership, join
 
         limit_s = self._options.parallel.step_timeout_s
