@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.2  # how late a signal or a death may be noticed
 POLL_S = 0.5
-CONTROLLER_ABSENT_S = 30.0  # Ray restarts a dead controller in a second or two
+CONTROLLER_ABSENT_S = 60.0  # Ray restarts a dead controller in a second or two
 LEFTOVER_S = 3.0
 
 

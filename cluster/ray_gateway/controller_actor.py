@@ -39,6 +39,7 @@ TICK_S = 0.1
 LEASE_S = 30.0
 INGRESS_LEASE_S = 10.0
 STATUS_TIMEOUT_S = 2.0
+LAST_ANSWER_S = 1.0  # for the answer to who released it
 
 
 class ControllerActor:
@@ -135,7 +136,7 @@ class ControllerActor:
         return {"replicas": rows, "settled": self._table.settled(), "hopeless": self._table.hopeless()}
 
     async def release(self, holder: str) -> bool:
-        """`holder` leaves. True when it was the last one: the replicas are gone, and the controller may go."""
+        """`holder` leaves. True when it was the last one: the replicas are gone, and the controller goes."""
         self._table.release("start")
         self._table.release(holder)
         if self._table.wanted(time.monotonic()):
@@ -143,6 +144,7 @@ class ControllerActor:
         if self._loop is not None:
             self._loop.cancel()
         await self._stop()
+        asyncio.get_running_loop().call_later(LAST_ANSWER_S, _end_for_good)
         return True
 
     # --- for operators ---
@@ -223,7 +225,7 @@ class ControllerActor:
             await asyncio.sleep(TICK_S)
         log.warning("nobody has renewed a lease for %g s: stopping the replicas", LEASE_S)
         await self._stop()
-        ray.kill(ray_.get_runtime_context().current_actor)  # for good: an end of another kind would be followed by a restart
+        _end_for_good()
 
     def _begin(self, name: LifeName, following: Coroutine[Any, Any, None]) -> None:
         self._tasks[name] = asyncio.create_task(self._live(name, following))
@@ -330,6 +332,11 @@ def _replica_row(replica: Replica) -> tuple[Any, ...]:
         stats.output_tokens if stats else 0,
         replica.reason,
     )
+
+
+def _end_for_good() -> None:
+    """Ends the controller's process; an end of any other kind would be followed by a restart."""
+    ray.kill(ray_.get_runtime_context().current_actor)
 
 
 def _start_over(loop: asyncio.Task[None]) -> None:

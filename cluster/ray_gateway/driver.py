@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing large goes through it
 CONTROLLER_TIMEOUT_S = 60.0  # to be placed and started
+RELEASE_TIMEOUT_S = 30.0  # to end all replicas
 LOCAL_CPUS = 4  # at least; they are only Ray's bookkeeping
 HASH_KEY_BYTES = 32
 
@@ -81,7 +82,7 @@ class Cluster:
             ValueError: a controller of this namespace was there already, and serves something else.
         """
         theirs: QuireOptions = ray.get(self._controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
-        if theirs.engine != self._options.engine:
+        if _served(theirs) != _served(self._options):
             raise ValueError(f"namespace {self._options.cluster.namespace!r} of this Ray cluster already serves another configuration")
 
     def view(self) -> ClusterView:
@@ -100,11 +101,17 @@ class Cluster:
     def close(self) -> None:
         """Takes away what this driver brought: replicas and controller if nobody else holds them, and a local Ray."""
         try:
-            if ray.get(self._controller.release.remote(self._holder), timeout=CALL_TIMEOUT_S):
+            if ray.get(self._controller.release.remote(self._holder), timeout=RELEASE_TIMEOUT_S):
                 ray.kill(self._controller)
         except RayError as error:
             log.warning("the controller could not be told to stop: %s", first_line(error))
         ray.shutdown()
+
+
+def _served(options: QuireOptions) -> QuireOptions:
+    """What two command lines must agree on to share a controller: not how they reach Ray, nor what is each ingress's own."""
+    model = replace(options.engine.model, threads=None)
+    return QuireOptions(replace(options.engine, model=model), cluster=replace(options.cluster, ray_address=None))
 
 
 def with_threads(options: QuireOptions, cores: int) -> QuireOptions:

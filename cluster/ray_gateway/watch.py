@@ -122,7 +122,9 @@ class Watch:
             else:
                 self._table.rank_reported(life.name.replica_id, life.name.epoch, Rank(rank, report["pid"], report["node"]))
                 if report["failure"] is not None:
-                    raise ReplicaLost(f"rank {rank}: {report['failure']}")
+                    why = f"rank {rank}: {report['failure']}"
+                    self._table.died(*life.name, why, time.monotonic(), final=True)
+                    raise ReplicaLost(why)
             await asyncio.sleep(RANK_POLL_S)
 
 

@@ -29,6 +29,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete(url: str, **body: object) -> httpx.Response:
+    """A connection of its own, so that any ingress may get it."""
     name = httpx.get(url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
     wanted = {"model": name, "prompt": "The capital of France is", "temperature": 0, **body}
     return httpx.post(url + "/v1/completions", json=wanted, timeout=WAIT_S)
@@ -91,22 +92,48 @@ def test_a_second_signal_cuts_off_what_runs(tiny_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_a_dead_replica_ends_the_command_with_an_error(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dead_replica_is_started_again_and_its_stream_waits_for_it(tiny_model: Path, tmp_path: Path) -> None:
     with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
         server.wait_ready()
-        os.kill(server.pid_of("ray::ReplicaActor"), signal.SIGKILL)
-        assert server.wait() == 1
-        assert "quire: error: replica-0: the process has died" in server.stderr()
+        name = httpx.get(server.url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
+        body = {"model": name, "prompt": "a", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+        calm = httpx.post(server.url + "/v1/completions", json=body, timeout=WAIT_S).json()["choices"][0]["text"]
+        with httpx.stream("POST", server.url + "/v1/completions", json={**body, "stream": True}, timeout=WAIT_S) as stream:
+            lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+            text = json.loads(next(lines))["choices"][0]["text"]
+            os.kill(server.pid_of("ray::ReplicaActor"), signal.SIGKILL)
+            for line in lines:
+                if line != "[DONE]":
+                    text += "".join(choice["text"] for choice in json.loads(line)["choices"])
+        assert text == calm
+        assert "replica-0 is dead: the process has died" in server.stderr()
+        assert "replica-0 is ready" in server.stderr().split("replica-0 is dead")[1]
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
         assert server.left_behind() == []
 
 
 @pytest.mark.ray
-def test_a_dead_ingress_ends_the_command_with_an_error(tiny_model: Path, tmp_path: Path) -> None:
-    with Serve(tmp_path / "log", "--model", str(tiny_model), *SMALL) as server:
+def test_of_two_ingresses_one_dies_and_is_started_again_on_the_port_that_they_share(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--ingresses", "2", *SMALL) as server:
         server.wait_ready()
-        os.kill(server.pid_of("ray::IngressActor"), signal.SIGKILL)
-        assert server.wait() == 1
-        assert "quire: error: the process of the HTTP server has died" in server.stderr()
+        ingresses = {row["id"]: row["pid"] for row in server.status()["ingresses"]}
+        assert sorted(ingresses) == ["ingress-0", "ingress-1"]
+        os.kill(ingresses["ingress-1"], signal.SIGKILL)
+        for _ in range(20):  # of the sockets on the port only the living one's is left
+            assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
+        deadline_s = time.monotonic() + WAIT_S
+        while server.stderr().count("ingress-1 serves") < 2:
+            assert time.monotonic() < deadline_s, server.stderr()
+            time.sleep(0.05)
+        assert "ingress-1: the process of the HTTP server has died; it is started again in 0.5 s" in server.stderr()
+        again = {row["id"]: row["pid"] for row in server.status()["ingresses"]}
+        assert again["ingress-0"] == ingresses["ingress-0"]
+        assert again["ingress-1"] != ingresses["ingress-1"]
+        os.kill(again["ingress-0"], signal.SIGKILL)
+        assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
         assert server.left_behind() == []
 
 
@@ -166,6 +193,16 @@ def test_a_missing_resource_is_named(tiny_model: Path, tmp_path: Path, monkeypat
     with Serve(tmp_path / "log", "--model", str(tiny_model), "--device", "cuda") as server:
         assert server.wait() == 1
         assert "no place for it: 1 GPU (the largest node has 0)" in server.stderr()
+
+
+@pytest.mark.ray
+def test_a_missing_accelerator_is_named_and_so_is_a_missing_label(tiny_model: Path, tmp_path: Path) -> None:
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--accelerator-type", "H200") as server:
+        assert server.wait() == 1
+        assert "quire: error: replica-0: the Ray cluster has no place for it: a node with a H200" in server.stderr()
+    with Serve(tmp_path / "log", "--model", str(tiny_model), "--node-label", "pool=fast") as server:
+        assert server.wait() == 1
+        assert "no place for it: a node with the label pool=fast (none of 1 has it)" in server.stderr()
 
 
 def test_a_port_in_use_is_said_before_anything_is_started(tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from quire.deploy.process_tree import Process, descendants, is_alive
 
@@ -70,6 +74,19 @@ class Serve:
         assert line.removeprefix(prefix).strip().isdigit()
         self.url = line.split()[-1]
         self.below = descendants(self.process.pid)
+
+    def status(self) -> dict[str, Any]:
+        """What the admin API says; asked again while the controller is away."""
+        admin = re.search(r"admin API on (http://\S+)", self.stderr())
+        assert admin is not None, self.stderr()
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        while True:
+            answer = httpx.get(admin[1] + "/admin/status", timeout=END_TIMEOUT_S)
+            if answer.status_code == 200:
+                found: dict[str, Any] = answer.json()
+                return found
+            assert time.monotonic() < deadline_s, answer.text
+            time.sleep(0.05)
 
     def stderr(self) -> str:
         return self._log.read_text()
