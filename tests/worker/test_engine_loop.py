@@ -131,6 +131,9 @@ def test_who_waits_for_news_is_told_once_and_who_leaves_is_forgotten(loop):
     gone, stays = loop.events(0, wait=True), loop.events(0, wait=True)
     assert loop.events(0, wait=False).result(WAIT_S).next == 0  # asked after the two, and answered before them
     assert gone.cancel()
+    for _ in range(2):  # the thread looks for news between the two
+        loop.events(0, wait=False).result(WAIT_S)
+    assert [answer for _, answer in loop._pollers] == [stays]
     ingress = Ingress()
     loop.subscribe("i", ingress.deliver)
     loop.submit("i", request("a"))

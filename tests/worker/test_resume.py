@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from quire.worker.engine import Engine, build_engine
 from quire.worker.options import engine_options
-from quire.worker.protocol import BadRequest, FinishReason, GenerateRequest, SamplingParams, SequenceOutput
+from quire.worker.protocol import BadRequest, FinishReason, GenerateRequest, Overloaded, SamplingParams, SequenceOutput
 from quire.worker.sequence import sequence_seed
 
 
@@ -104,8 +104,11 @@ def test_a_resumed_request_takes_only_the_places_that_it_needs():
     engine = hash_engine(max_running=2, max_waiting=0)
     params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True, n=2)
     engine.submit(GenerateRequest("a", ((1, 2),), params, resume={1: (3,)}))
-    assert engine.room() == 1
     assert [s.choice for s in engine.scheduler.waiting] == [1]
+    with pytest.raises(Overloaded):
+        engine.submit(GenerateRequest("b", ((1, 2),), params))
+    engine.submit(GenerateRequest("b", ((1, 2),), params, resume={0: (3,)}))
+    assert engine.room() == 0
 
 
 def test_a_deadline_holds_for_what_has_not_begun():
