@@ -7,6 +7,7 @@ A replica steps like the real one: decodes first, then prompts in order, under a
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -140,7 +141,7 @@ class VirtualCluster:
         calendar: list[tuple[float, int, Load | tuple[str, list[Load]] | None]] = []
         for number, load in enumerate(loads):
             heapq.heappush(calendar, (load.at_s, number, load))
-        number = len(loads)
+        number, alarm_s = len(loads), math.inf
         while calendar and calendar[0][0] <= until_s:
             now_s, _, what = heapq.heappop(calendar)
             if isinstance(what, Load):
@@ -171,9 +172,10 @@ class VirtualCluster:
                     took_s, gaining = replica.step()
                     number += 1
                     heapq.heappush(calendar, (now_s + took_s, number, (name, gaining)))
-            if (next_s := self.scheduler.next_s(now_s)) is not None:
-                number += 1
-                heapq.heappush(calendar, (now_s + next_s, number, None))
+            alarm_s = math.inf if alarm_s <= now_s else alarm_s
+            if (next_s := self.scheduler.next_s(now_s)) is not None and now_s + next_s < alarm_s:
+                alarm_s, number = now_s + next_s, number + 1
+                heapq.heappush(calendar, (alarm_s, number, None))
             if watch is not None:
                 watch(lines)
         return loads
