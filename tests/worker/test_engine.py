@@ -177,3 +177,47 @@ def test_a_thousand_disturbed_requests_end_once_and_leave_nothing(model):
     assert stats.preemptions["recompute"] > 0
     assert e.runner._scores == {}
     assert resident_bytes() - resident < 30 * 2**20
+
+
+@pytest.mark.parametrize("where", ["forward", "logits"])
+def test_a_token_that_the_model_cannot_compute_ends_its_request_alone(model, where):
+    """Raised by the model before it wrote a page, or after it wrote all of them."""
+    poison = 90
+    e = engine(model, page_size=8)
+    neighbours = {f"n{i}": prompt(20 + i, 12 + i) for i in range(3)}
+    sampled = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 20, "logprobs": 1, "logit_bias": {poison: -100.0}}
+    for name, ids in neighbours.items():
+        submit(e, name, [t for t in ids if t != poison], **sampled)
+    want = {key: [(o.index, o.tokens) for o in got] for key, got in drain(e).items()}
+
+    e = engine(model, page_size=8)
+    real, given = e.runner._model, []
+    forward, logits = real.forward, real.logits
+
+    def spoiled_forward(tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        given[:] = tokens.tolist()
+        if where == "forward" and poison in given:
+            raise FloatingPointError("poison")
+        return forward(tokens, *rest)
+
+    def spoiled_logits(hidden: torch.Tensor) -> torch.Tensor:
+        if where == "logits" and poison in given:
+            raise FloatingPointError("poison")
+        return logits(hidden)
+
+    real.forward, real.logits = spoiled_forward, spoiled_logits
+    outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+    for step in range(200):
+        if step == 0:
+            for name, ids in neighbours.items():
+                submit(e, name, [t for t in ids if t != poison], **sampled)
+        if step == 5:
+            submit(e, "bad", [5, 6, poison, 7], n=3, prompt_logprobs=1)
+        for o in e.step():
+            outputs.setdefault((o.request_id, o.choice), []).append(o)
+        e.scheduler.check()
+    bad = [outputs.pop(("bad", k)) for k in range(3)]
+    assert [(len(got), got[0].finish, got[0].tokens) for got in bad] == [(1, FinishReason.ERROR, ())] * 3
+    assert {key: [(o.index, o.tokens) for o in got] for key, got in outputs.items()} == want
+    stats = e.stats()
+    assert (stats.pages_active, stats.pages_free + stats.pages_cached) == (0, stats.pages_total)
