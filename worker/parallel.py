@@ -13,6 +13,7 @@ for the next plan as long as it takes. The groups are standalone ones over a sto
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -92,7 +93,10 @@ class RankGroup:
                 return x
             gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
             self._tensors._allgather_base(gathered, x).wait()
-        return gathered.view(self.size, *x.shape).sum(0)
+        total, *others = gathered.view(self.size, *x.shape)
+        for other in others:
+            total += other  # one after the other: `Tensor.sum` takes its own order at a row's end
+        return total
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
         """Every rank's x, of one shape, in the order of the ranks, at the leader; None elsewhere."""
@@ -229,4 +233,6 @@ def _broken(what: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:300]
+    """What it says, without the place in the library's source and its advice."""
+    line = re.sub(r"\[\S+\.(?:cc|cpp|h):\d+\] ", "", str(error).partition("\n")[0])
+    return line.partition(" This is typically caused")[0][:300]

@@ -183,7 +183,7 @@ class LeaderRunner:
             self._group.send(pack_step(plan, self._sampled))
             result = self._runner.run(plan)
         except BaseException as error:
-            self._failure = repr(error)
+            self._failure = str(error) or repr(error)
             raise
         self._sampled = tuple(s.token for s in result.sampled)
         return result

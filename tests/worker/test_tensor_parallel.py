@@ -221,8 +221,9 @@ def test_a_killed_follower_is_noticed_in_the_step_and_without_one(tmp_path: Path
     engine.step()
     os.kill(process.pid, signal.SIGKILL)
     killed_s = time.monotonic()
-    with pytest.raises(GroupBroken):
+    with pytest.raises(GroupBroken) as caught:
         steps(engine, 100)
+    assert ".cc:" not in str(caught.value)  # what happened, not where in the library
     assert "a rank is gone" in broken.get(timeout=WAIT_S)  # nobody had to compute for this
     assert time.monotonic() - killed_s < 30.0  # not the limit of a step
     with pytest.raises(GroupBroken, match="cannot forget a step that failed"):
