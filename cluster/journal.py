@@ -93,8 +93,8 @@ class Patience:
     Attributes:
         controller_s: seconds without an answer of the controller.
         queue_s: seconds in the queue, for a request that nothing was lost of.
-        resume_s: seconds from a loss until another replica goes on with it.
-        refusals: times that replicas may refuse what was routed to them, for a request that nothing was lost of.
+        resume_s: seconds from a loss, or from a route that was stale, until a replica goes on with it.
+        refusals: times that replicas may be too full for what was routed to them, for a request that nothing was lost of.
         deaths: replicas that may die under it without one new token in between.
     """
 
@@ -149,13 +149,20 @@ class Journal:
         self._begun: set[int] = set()  # choices with a first output
         self._refusals = 0
         self._avoid: tuple[str, ...] = ()
+        self._suspect: Owner | None = None  # has not said whether it took the request
         self._lost_s: float | None = None  # since when the stream stands still
+        self._stuck_s: float | None = None  # since when replicas refuse it, or are lost
         self._silent_s: float | None = None  # since when the controller does not answer
 
     @property
     def over(self) -> bool:
         """Nothing more will come."""
         return self._state is _State.OVER
+
+    @property
+    def on_trial(self) -> bool:
+        """One more death, and it is given up."""
+        return not self.over and 0 < self._patience.deaths - 1 <= self.deaths
 
     def start(self, now_s: float) -> list[Command]:
         """The first question."""
@@ -223,22 +230,34 @@ class Journal:
         if self._state is _State.RUNNING:
             return []  # its outputs were quicker
         self._refusals += 1
-        if isinstance(error, BadRequest) or (self._lost_s is None and self._refusals > self._patience.refusals):
+        if isinstance(error, ReplicaLost):
+            self._suspect = owner
+        if self._stuck_s is None:
+            self._stuck_s = now_s
+        too_often = isinstance(error, Overloaded) and self._lost_s is None and self._refusals > self._patience.refusals
+        if isinstance(error, BadRequest) or too_often:
             return [*commands, *self._fail(error), Withdraw(self.request_id)]
         delay_s = min(FIRST_DELAY_S * 2 ** min(self._refusals - 1, 10), LONGEST_DELAY_S)
         return [*commands, *self._again(now_s, delay_s)]
 
-    def lost(self, owner: Owner, reason: str, now_s: float) -> list[Command]:
-        """The replica, or the way to it, is gone."""
-        if self._state not in (_State.SENDING, _State.RUNNING) or owner != self.owner:
+    def lost(self, owner: Owner, reason: str, now_s: float, died: bool = True) -> list[Command]:
+        """The replica has died, or only the way to it. If it died before it said whether it took the request, that may be why."""
+        runs = self._state in (_State.SENDING, _State.RUNNING)
+        if self.over or owner not in (self._suspect, self.owner if runs else None):
             return []
+        self._suspect = None
         noted = Lost(self.request_id, owner, reason)
-        self.deaths += 1
+        self.deaths += died
+        if self.deaths >= self._patience.deaths:
+            elsewhere = [Abort(self.owner, self.request_id, self.attempt, None)] if runs and self.owner not in (None, owner) else []
+            what = f"{self.deaths} replicas in a row were lost while they ran this request; the last one: {reason}"
+            return [noted, *elsewhere, *self._fail(RequestFailed(what)), Withdraw(self.request_id)]
+        if owner != self.owner:
+            return [noted]
         if self._lost_s is None:
             self._lost_s = now_s
-        if self.deaths >= self._patience.deaths:
-            what = f"{self.deaths} replicas in a row were lost while they ran this request; the last one: {reason}"
-            return [noted, *self._fail(RequestFailed(what)), Withdraw(self.request_id)]
+        if self._stuck_s is None:
+            self._stuck_s = now_s
         return [noted, *self._again(now_s, 0.0)]
 
     def take(self, owner: Owner, output: SequenceOutput, now_s: float) -> list[Command]:
@@ -252,7 +271,7 @@ class Journal:
             return self._stale(owner, output, output.choice)
         if output.index > len(have):
             reason = f"{owner.replica_id}: token {output.index} of choice {output.choice} came where {len(have)} was due"
-            return [Abort(owner, self.request_id, self.attempt, None), *self.lost(owner, reason, now_s)]
+            return [Abort(owner, self.request_id, self.attempt, None), *self.lost(owner, reason, now_s, died=False)]
         self._state = _State.RUNNING
         if output.finish is FinishReason.DEADLINE and not self._begun:
             late = DeadlineExceeded("the deadline passed before the request had its turn")
@@ -312,7 +331,7 @@ class Journal:
         if fresh.tokens or fresh.finish is not None:
             if self._lost_s is not None:
                 commands.append(Resumed(self.request_id, owner, now_s - self._lost_s, self._known_tokens()))
-            self._lost_s = None
+            self._lost_s = self._stuck_s = self._suspect = None
             self._refusals = self.deaths = 0
             self._avoid = ()
         have.extend(fresh.tokens)
@@ -329,8 +348,8 @@ class Journal:
         self.owner = None
         self._state = _State.ASKING
         self.attempt += 1
-        if self._lost_s is not None and now_s - self._lost_s > self._patience.resume_s:
-            gone = ReplicaLost(f"no replica could go on with it within {self._patience.resume_s:g} s")
+        if self._stuck_s is not None and now_s - self._stuck_s > self._patience.resume_s:
+            gone = ReplicaLost(f"no replica has taken it for {self._patience.resume_s:g} s")
             return [*self._fail(gone), Withdraw(self.request_id)]
         return [self._ask(now_s, delay_s)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 FOLLOW_S = 0.5
 RENEW_S = 2.0
 CONNECT_TIMEOUT_S = 5.0
+ENDED_LINKS = 64  # that are remembered, so that nobody waits for them to open
 
 
 class Serving(NamedTuple):
@@ -101,6 +103,7 @@ class _Link:
     port: ReplicaPort
     connection: str
     pull: asyncio.Task[None] | None = None
+    ready: bool = False  # its first frame is here
 
 
 class RemoteEngineClient:
@@ -122,6 +125,7 @@ class RemoteEngineClient:
         self._options = options
         self._table = StreamTable()
         self._links: dict[Owner, _Link] = {}
+        self._ended: deque[Owner] = deque(maxlen=ENDED_LINKS)
         self._changed = asyncio.Condition()
         self._info: ModelInfo | None = None
         self._hash_key = b""
@@ -197,14 +201,16 @@ class RemoteEngineClient:
 
     def _go_on(self, journal: Journal, commands: list[Command]) -> None:
         self._do(commands)
-        self._table.forget_ended(journal.request_id)
+        if journal.over:
+            self._table.forget_ended(journal.request_id)
+            self._do([])  # it may have been one that others waited for
 
     def _do(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case Ask() | Submit():
                     journal = self._table.journal(command.request.request_id)
-                    if journal is not None:
+                    if journal is not None and (isinstance(command, Submit) or self._table.may_ask(command)):
                         self._work(journal, self._ask(journal, command) if isinstance(command, Ask) else self._submit(journal, command))
                 case Abort(owner, request_id, attempt, choice):
                     if owner in self._links:  # without a link, what ran there has been ended with it
@@ -216,6 +222,8 @@ class RemoteEngineClient:
                     self._recovery = self._recovery._replace(lost=self._recovery.lost + 1)
                 case Resumed():
                     self._note_resumed(command)
+        if released := self._table.released():
+            self._do(released)
 
     def _note_resumed(self, of: Resumed) -> None:
         log.info("goes on at %s after a pause of %.3f s", of.owner.replica_id, of.pause_s, extra={"request_id": of.request_id})
@@ -264,10 +272,10 @@ class RemoteEngineClient:
     async def _linked(self, owner: Owner) -> _Link:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S), self._changed:
-                await self._changed.wait_for(lambda: owner in self._links)
-        except TimeoutError:
+                await self._changed.wait_for(lambda: self._links[owner].ready if owner in self._links else owner in self._ended)
+                return self._links[owner]
+        except (TimeoutError, KeyError):
             raise ReplicaLost(f"{owner.replica_id} cannot be reached") from None
-        return self._links[owner]
 
     async def _follow(self) -> None:
         renewed_s = self._clock()
@@ -294,7 +302,7 @@ class RemoteEngineClient:
             # Only a later life ends a link. One that is merely not named (the controller may have forgotten it) goes on.
             if link.pull is not None and any(o.replica_id == owner.replica_id and o.epoch > owner.epoch for o in lives):
                 link.pull.cancel()
-        for owner in lives.keys() - self._links.keys():
+        for owner in sorted(lives.keys() - self._links.keys()):
             self._open(owner)
         async with self._changed:
             self._changed.notify_all()
@@ -310,14 +318,13 @@ class RemoteEngineClient:
 
     async def _pull(self, owner: Owner, link: _Link) -> None:
         reason = f"{owner.replica_id} is gone"
-        first = True
         try:
             async with aclosing(link.port.frames(link.connection)) as frames:
                 async for some in frames:
                     for data in some:
                         self._do(self._table.feed(link.connection, data, self._clock()))
-                    if first:
-                        first = False
+                    if not link.ready:
+                        link.ready = True
                         async with self._changed:
                             self._changed.notify_all()
         except ReplicaLost as error:
@@ -325,7 +332,10 @@ class RemoteEngineClient:
         finally:
             log.info("the frames of %s have ended: %s", owner.replica_id, reason)
             del self._links[owner]
+            self._ended.append(owner)
             self._do(self._table.drop(link.connection, reason, self._clock()))
+            async with self._changed:
+                self._changed.notify_all()
 
 
 class RemoteStream:

@@ -8,7 +8,7 @@ stale owner cannot emit.
 from __future__ import annotations
 
 from ..worker.protocol import EngineStats, ReplicaLost, unpack_frame
-from .journal import Abort, Command, Journal
+from .journal import Abort, Ask, Command, Journal
 from .journal import Owner as Owner  # noqa: PLC0414 (it is what a stream belongs to)
 
 ABORT_AGAIN_S = 1.0  # outputs that are under way when an abort goes out are no reason for another
@@ -18,6 +18,7 @@ class _Connection:
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self.next_frame = 0
+        self.gap = False
 
 
 class StreamTable:
@@ -29,6 +30,8 @@ class StreamTable:
         self._heard_s: dict[str, float] = {}
         self._stats: dict[str, EngineStats] = {}
         self._aborted_s: dict[Abort, float] = {}
+        self._trial: Journal | None = None
+        self._held: dict[str, Ask] = {}
 
     def open(self, journal: Journal) -> None:
         """A request that begins.
@@ -65,6 +68,7 @@ class StreamTable:
         if known is None or known.owner != (frame.replica_id, frame.epoch) or frame.number < known.next_frame:
             return []
         if frame.number > known.next_frame:
+            known.gap = True
             raise ReplicaLost(f"{frame.replica_id}: frame {frame.number} came where {known.next_frame} was due")
         known.next_frame += 1
         self._heard_s[frame.replica_id] = now_s
@@ -81,16 +85,48 @@ class StreamTable:
         return [c for c in commands if not isinstance(c, Abort) or self._is_due(c, now_s)]
 
     def drop(self, connection: str, reason: str, now_s: float) -> list[Command]:
-        """The frame stream has ended: what its owner was running must go on elsewhere."""
+        """The frame stream has ended: what its owner was running must go on elsewhere.
+
+        That is a death of the owner, as far as can be known, unless frames are missing or none ever came.
+        """
         known = self._connections.pop(connection, None)
         if known is None:
             return []
+        died = known.next_frame > 0 and not known.gap
         self._stats.pop(known.owner.replica_id, None)
         commands: list[Command] = []
         for journal in list(self._journals.values()):
-            commands += journal.lost(known.owner, reason, now_s)
+            commands += journal.lost(known.owner, reason, now_s, died)
             self.forget_ended(journal.request_id)
         return commands
+
+    # --- requests that may be what replicas die of ---
+
+    def may_ask(self, ask: Ask) -> bool:
+        """Whether this question may be put now. Those on trial go one at a time, so that the one that kills replicas is found out, and
+        takes no other along for the last time that it can bear; what is held, `released` gives back.
+        """
+        journal = self._journals.get(ask.request.request_id)
+        if journal is None or not journal.on_trial or journal is self._trial:
+            return True
+        if self._trial is not None and self._trial.on_trial:
+            self._held[journal.request_id] = ask
+            return False
+        self._trial = journal
+        return True
+
+    def released(self) -> list[Command]:
+        """The next question that was held, when the trial before it is over."""
+        if self._trial is None or self._trial.on_trial:
+            return []
+        self._trial = None
+        while self._held:
+            ask = self._held.pop(next(iter(self._held)))
+            if ask.request.request_id in self._journals:
+                return [ask]
+        return []
+
+    # --- what is known ---
 
     def stats(self) -> dict[str, EngineStats]:
         """Replica id -> what its latest heartbeat said."""
