@@ -174,6 +174,30 @@ def test_in_a_ray_that_was_there_before_only_ours_goes(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_in_a_ray_that_goes_on_a_killed_command_leaves_nothing_after_its_lease(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Serve(tmp_path / "first", "--model", str(tiny_model), *SMALL) as first:
+        first.wait_ready()
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        joined = ("--ray-address", first.argument("gcs-address"), "--namespace", "two", "--replicas", "2")
+        with Serve(tmp_path / "second", "--model", str(tiny_model), *joined, *SMALL) as second:
+            second.wait_ready()
+            brought = [p for p in descendants(first.process.pid) if p not in first.below]
+            assert len(brought) >= 4
+            second.signal(signal.SIGKILL)
+            second.process.wait(WAIT_S)
+        deadline_s = time.monotonic() + 2 * WAIT_S
+        while any(is_alive(p) for p in brought):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        assert complete(first.url, max_tokens=3, ignore_eos=True).status_code == 200
+        first.signal(signal.SIGTERM)
+        assert first.wait() == 0
+
+
+@pytest.mark.ray
 def test_a_model_that_is_not_supported_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     odd.mkdir()
