@@ -93,8 +93,9 @@ class RankGroup:
                 return x
             gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
             self._tensors._allgather_base(gathered, x).wait()
-        total, *others = gathered.view(self.size, *x.shape)
-        for other in others:
+        parts = gathered.view(self.size, *x.shape)
+        total = parts[0]
+        for other in parts[1:]:
             total += other  # one after the other: `Tensor.sum` takes its own order at a row's end
         return total
 
