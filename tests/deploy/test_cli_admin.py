@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 
@@ -101,12 +102,14 @@ def test_top_goes_on_into_a_pipe_until_nobody_reads(admin: Admin) -> None:
 @pytest.mark.parametrize("leave", ["q", "ctrl-c"])
 def test_top_in_a_terminal_leaves_it_as_it_was(admin: Admin, leave: str) -> None:
     ours, theirs = pty.openpty()
+    before = termios.tcgetattr(ours)
     with subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top:
         os.close(theirs)
         seen, deadline_s = b"", time.monotonic() + 60
         while seen.count(b"\x1b[H") < 2:
             assert time.monotonic() < deadline_s, seen
             seen += os.read(ours, 65536) if select.select([ours], [], [], 1)[0] else b""
+        assert termios.tcgetattr(ours) != before  # keys come without Enter
         if leave == "q":
             os.write(ours, b"q")
         else:
@@ -118,6 +121,7 @@ def test_top_in_a_terminal_leaves_it_as_it_was(admin: Admin, leave: str) -> None
             except OSError:  # the other end is closed
                 break
         assert top.wait(60) == 0
+    assert termios.tcgetattr(ours) == before
     os.close(ours)
     assert seen.startswith(b"\x1b[?1049h\x1b[?25l")
     assert seen.endswith(b"\x1b[?25h\x1b[?1049l")
