@@ -7,8 +7,8 @@ The requests are sessions of Mooncake's conversation trace (one in 30, whole; kv
 divided by 16: a 512-token block of the trace is one 32-token page here. Requests beyond 2,048 tokens are left out. The hour of the trace
 is compressed so that requests arrive at 85 % of the rate that the replicas keep up with when nothing is reused, which a closed loop
 without common prefixes measures first; under each policy it runs first, as a warm-up. The model is a Llama with random weights, large
-enough that prefill takes its time (4 layers, hidden size 256). Each replica has one thread, and 512 pages: all four together hold a
-third of what the sessions fill.
+enough that prefill takes its time (4 layers, hidden size 256). Each replica has one thread, and 512 pages: a seventh of the 3,450 that
+the sessions' prompts fill.
 
 Quire is started anew for each policy. TTFT is seen by the client; the hit rate is cached prompt tokens over prompt tokens, as the
 server's `usage` says. The goal: `cost` has the lowest TTFT, p50 and p99.

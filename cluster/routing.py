@@ -162,8 +162,7 @@ class Router:
 
     def _send(self, request: AdmitRequest, chosen: Candidate, demand: Demand, now_s: float) -> Choice:
         replica = chosen.replica
-        entry = self._replicas[replica.replica_id]
-        entry.last_choice, entry.shot = self._choices, None
+        self._replicas[replica.replica_id].last_choice = self._choices
         choice = Choice(replica.replica_id, replica.epoch, chosen.cached_tokens, predicted_ttft_s(chosen, demand))
         self._ledger.enter(
             Sent(

@@ -13,7 +13,7 @@ from quire.deploy.load.report import percentile
 from quire.deploy.load.workload import TraceOptions, trace_file
 
 REPLICAS, BUSY = 4, 0.9
-SPEED, SHAPE = Speed(), Shape(pages=512)  # all pages of the traffic are about three times as many as the four hold
+SPEED, SHAPE = Speed(), Shape(pages=512)  # a seventh of what the prompts fill
 
 
 @pytest.fixture(scope="module")
