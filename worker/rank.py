@@ -88,14 +88,9 @@ class RankActor:
 
     def _run(self) -> None:
         sys.setswitchinterval(SWITCH_S)
-        from .backend import device_of
-        from .build import build_follower  # here, so that the actor answers before torch is imported
-        from .parallel import GroupBroken, Membership, join
-
         limit_s = self._options.parallel.step_timeout_s
         try:
-            group = join(self._address, Membership(self._rank, self._size, limit_s, self._end), device_of(self._options.model))
-            runner = build_follower(self._options, group, self._progress)
+            group, runner = self._build(limit_s)
         except Exception as error:  # the process outlives it, to say why; not its leader, though
             log.debug("rank %d: loading failed", self._rank, exc_info=True)
             self._failure = str(error) or repr(error)
@@ -105,13 +100,19 @@ class RankActor:
         Watchdog(limit_s, follower.step_s, self._end)
         try:
             follower.follow()
-        except GroupBroken as error:
-            self._end(str(error))
         except BaseException as error:
-            log.exception("rank %d: a step failed", self._rank)
+            log.debug("rank %d: a step failed", self._rank, exc_info=True)
             self._end(repr(error))
         else:
             self._die(0)
+
+    def _build(self, limit_s: float) -> tuple[RankGroup, FollowerRunner]:
+        from .backend import device_of  # here, so that the actor answers before torch is imported
+        from .build import build_follower
+        from .parallel import Membership, join
+
+        group = join(self._address, Membership(self._rank, self._size, limit_s, self._end), device_of(self._options.model))
+        return group, build_follower(self._options, group, self._progress)
 
     def _progress(self, done: int, total: int) -> None:
         self._loaded = (done, total)

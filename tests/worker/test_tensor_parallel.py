@@ -8,6 +8,7 @@ import queue
 import signal
 import time
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -265,6 +266,17 @@ def test_a_dead_leader_ends_its_followers(tmp_path: Path) -> None:
     process.kill()
     assert codes.get(timeout=WAIT_S) == 1
     process.join(WAIT_S)
+
+
+def test_a_rank_that_has_no_leader_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.worker.parallel._JOIN_TIMEOUT", timedelta(seconds=1))
+    listener = listen(LOOPBACK)
+    address = address_of(listener)
+    listener.close()
+    follower = RankActor(1, 2, address, tiny_options(tmp_path, 2))
+    while (failure := asyncio.run(follower.report())["failure"]) is None:
+        time.sleep(0.01)
+    assert f"rank 1: no leader at {address}" in failure
 
 
 def test_a_rank_that_cannot_load_tells_the_leader(tmp_path: Path) -> None:
