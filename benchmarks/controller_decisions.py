@@ -193,7 +193,8 @@ def main() -> None:
         "indexed_pages": sum(s.indexed_pages for s in router.snapshots()),
         "requests": args.requests,
         "routed": routed,
-        "decisions_per_s": round(args.requests / busy_s),
+        "decisions_per_s": round(args.requests / sum(decision_s)),
+        "with_frames_per_s": round(args.requests / busy_s),
         "decision_p50_ms": round(percentile(decision_s, 50) * 1e3, 3),
         "decision_p99_ms": round(percentile(decision_s, 99) * 1e3, 3),
         "decision_max_ms": round(max(decision_s) * 1e3, 3),
@@ -208,8 +209,9 @@ def main() -> None:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(figures, indent=2) + "\n")
     ok = {True: "met", False: "MISSED"}
-    print(f"admissions + routings/s, event frames included: {figures['decisions_per_s']:,} (goal {GOAL_PER_S:,}: ", end="")
-    print(f"{ok[figures['decisions_per_s'] >= GOAL_PER_S]})")
+    per_s = figures["with_frames_per_s"]
+    print(f"admissions + routings/s with the event frames that come of them: {per_s:,} (goal {GOAL_PER_S:,}: {ok[per_s >= GOAL_PER_S]})")
+    print(f"without: {figures['decisions_per_s']:,}")
     print(f"p99 of a decision: {figures['decision_p99_ms']} ms (goal < {GOAL_P99_MS:g} ms: {ok[figures['decision_p99_ms'] < GOAL_P99_MS]})")
     print(f"memory of an indexed page: {figures['bytes_per_indexed_page']} bytes, its 16-byte hash included")
 

@@ -146,19 +146,24 @@ def missing_pages(candidate: Candidate, demand: Demand) -> int:
 # --- predictions ---
 
 
-def predicted_ttft_s(candidate: Candidate, demand: Demand) -> float:
-    """Seconds until its first token, were it sent there now."""
+class Prediction(NamedTuple):
+    """What comes of sending the request there now: seconds until its first token, and seconds that it costs those that are there."""
+
+    ttft_s: float
+    pressure_s: float
+
+
+def predict(candidate: Candidate, demand: Demand) -> Prediction:
+    """By the formulas at the head of this file."""
     replica, cached_tokens = candidate
-    tokens = replica.ahead_tokens + demand.prompt_tokens - cached_tokens
-    return tokens / _speed(replica, demand) + (replica.load.decode_step_s if replica.load.running else 0.0)
-
-
-def pressure_s(candidate: Candidate, demand: Demand) -> float:
-    """What it costs those that are there already, in seconds."""
-    replica = candidate.replica
+    load, speed = replica.load, _speed(replica, demand)
+    ttft_s = (replica.ahead_tokens + demand.prompt_tokens - cached_tokens) / speed
     missing = missing_pages(candidate, demand)
-    recompute_s = missing * replica.info.page_size / _speed(replica, demand) if missing > 0 else 0.0
-    return recompute_s + (DECODE_TOKENS * demand.sequences * replica.load.decode_step_s if replica.load.running else 0.0)
+    pressure_s = missing * replica.info.page_size / speed if missing > 0 else 0.0
+    if load.running:
+        ttft_s += load.decode_step_s
+        pressure_s += DECODE_TOKENS * demand.sequences * load.decode_step_s
+    return Prediction(ttft_s, pressure_s)
 
 
 def _speed(replica: ReplicaSnapshot, demand: Demand) -> float:
@@ -199,7 +204,7 @@ def power_of_two(candidates: Sequence[Candidate], demand: Demand, draw: int) -> 
 
 def cost(candidates: Sequence[Candidate], demand: Demand, draw: int) -> Candidate:
     """The one where time to first token and pressure are least together."""
-    return min(candidates, key=lambda c: (predicted_ttft_s(c, demand) + pressure_s(c, demand), *_turn(c)))
+    return min(candidates, key=lambda c: (sum(predict(c, demand)), c.replica.last_choice, c.replica.replica_id))
 
 
 POLICIES: dict[str, Policy] = {

@@ -23,7 +23,7 @@ from .policies import (
     has_pages,
     has_seats,
     may_displace,
-    predicted_ttft_s,
+    predict,
     request_pages,
     snapshot,
 )
@@ -163,7 +163,7 @@ class Router:
     def _send(self, request: AdmitRequest, chosen: Candidate, demand: Demand, now_s: float) -> Choice:
         replica = chosen.replica
         self._replicas[replica.replica_id].last_choice = self._choices
-        choice = Choice(replica.replica_id, replica.epoch, chosen.cached_tokens, predicted_ttft_s(chosen, demand))
+        choice = Choice(replica.replica_id, replica.epoch, chosen.cached_tokens, predict(chosen, demand).ttft_s)
         self._ledger.enter(
             Sent(
                 request.request_id,

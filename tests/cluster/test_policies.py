@@ -23,8 +23,7 @@ from quire.cluster.policies import (
     may_displace,
     missing_pages,
     power_of_two,
-    predicted_ttft_s,
-    pressure_s,
+    predict,
     round_robin,
     snapshot,
 )
@@ -128,17 +127,17 @@ def test_only_strictly_higher_priority_displaces_and_a_few_at_a_time():
 
 
 def test_predicted_time_is_the_line_and_what_is_not_cached_over_the_measured_speed():
-    assert predicted_ttft_s(candidate(), DEMAND) == pytest.approx(0.2)
-    assert predicted_ttft_s(candidate(cached=150, pending_tokens=300, sent=Totals(1, 50, 5)), DEMAND) == pytest.approx(0.4)
-    assert predicted_ttft_s(candidate(running=1), DEMAND) == pytest.approx(0.21)
-    assert predicted_ttft_s(candidate(prefill_tokens_per_s=0.0), DEMAND) == pytest.approx(0.4)
+    assert predict(candidate(), DEMAND).ttft_s == pytest.approx(0.2)
+    assert predict(candidate(cached=150, pending_tokens=300, sent=Totals(1, 50, 5)), DEMAND).ttft_s == pytest.approx(0.4)
+    assert predict(candidate(running=1), DEMAND).ttft_s == pytest.approx(0.21)
+    assert predict(candidate(prefill_tokens_per_s=0.0), DEMAND).ttft_s == pytest.approx(0.4)
 
 
 def test_pressure_is_recompute_of_missing_pages_and_slow_decodes():
-    assert pressure_s(candidate(), DEMAND) == 0.0
-    assert pressure_s(candidate(running=3), DEMAND) == pytest.approx(DECODE_TOKENS * 0.01)
-    assert pressure_s(candidate(running=3), DEMAND._replace(sequences=2)) == pytest.approx(2 * DECODE_TOKENS * 0.01)
-    assert pressure_s(candidate(pages_free=16), DEMAND) == pytest.approx(5 * 10 / 1000)
+    assert predict(candidate(), DEMAND).pressure_s == 0.0
+    assert predict(candidate(running=3), DEMAND).pressure_s == pytest.approx(DECODE_TOKENS * 0.01)
+    assert predict(candidate(running=3), DEMAND._replace(sequences=2)).pressure_s == pytest.approx(2 * DECODE_TOKENS * 0.01)
+    assert predict(candidate(pages_free=16), DEMAND).pressure_s == pytest.approx(5 * 10 / 1000)
 
 
 def test_round_robin_takes_the_one_passed_over_for_longest():
