@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint bench clean
+.PHONY: help setup serve test lint kernels bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ lint: $(STAMP)  ## style, types, import contracts
 	@echo 'ruff' && $(BIN)/ruff check --quiet .
 	@echo 'mypy' && $(BIN)/mypy
 	@echo 'import contracts' && $(BIN)/lint-imports --no-logo
+
+kernels: $(STAMP)  ## compile the GPU kernels for sm_80, sm_90 and sm_100 and check what they take; needs no GPU
+	@$(BIN)/python -m quire.kernels.cross_compile $(ARGS)
 
 bench: $(STAMP)  ## start a server, load it for a minute, print the figures (ARGS are those of `quire bench`)
 	@$(BIN)/python benchmarks/serve_bench.py $(ARGS)

@@ -75,13 +75,17 @@ def dtype_name(inputs: torch.dtype, pages: torch.dtype | None = None) -> str:
     return name if pages in (None, inputs) else f"{name}+{str(pages).removeprefix('torch.')}"
 
 
-@cache
 def chip(device: torch.device) -> Chip:
     """The chip under `device`; in a cross-compile it is the one that the active driver pretends to be."""
     if INTERPRETED:
         return Chip(0, *_OTHER)
-    if device.type != "cuda":
-        return described(triton.runtime.driver.active.get_current_target().arch)
+    if device.type == "cuda":
+        return _cuda_chip(device)
+    return described(triton.runtime.driver.active.get_current_target().arch)
+
+
+@cache
+def _cuda_chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     known = described(properties.major * 10 + properties.minor)
     return Chip(known.arch, known.shared_bytes, properties.multi_processor_count)
@@ -91,6 +95,12 @@ def described(arch: int) -> Chip:
     """The largest chip of capability `arch`."""
     shared_bytes, multiprocessors = _CHIPS.get(arch, _OTHER)
     return Chip(arch, shared_bytes, multiprocessors)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element of the pages that `Shape.dtype` names."""
+    wide: torch.dtype = getattr(torch, dtype.rpartition("+")[2])
+    return wide.itemsize
 
 
 def read_table(path: Path = TABLE) -> dict[tuple[int, Shape], dict[str, int]]:

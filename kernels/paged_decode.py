@@ -25,8 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import LOG2_E, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, widened
-from .launch import Chip, Shape, bucket_of, chip, dtype_name, launch_of
+from .launch import Chip, Shape, bucket_of, chip, dtype_name, itemsize, launch_of
 
+TILE_BYTES = 16 * 1024
+ROOMY_BYTES = 160 * 1024
 SMALLEST_DOT = 16  # rows of the smallest matrix product
 COMBINED_AT_ONCE = 16  # partial results that the second kernel holds
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -163,8 +165,24 @@ def _combine_kernel(
 
 
 def decode_rule(shape: Shape, on: Chip) -> DecodeLaunch:
-    """Tiles of 64 keys of 128 dimensions in 16 bits, that is 16 KiB each for K and V, and as many in flight as half the chip holds."""
-    return DecodeLaunch(64, 4, 3)
+    """Tiles of 16 KiB of keys and as many of values; where shared memory allows it two of each are on their way while one is used.
+
+    A tile needs the block table before it can be asked for, which takes every second stage: 5 stages are two tiles in flight.
+    """
+    dim, size = triton.next_power_of_2(shape.head_dim), itemsize(shape.dtype)
+    block_n = min(max(TILE_BYTES // (dim * size), 16), 128)
+    deep = 5 if on.shared_bytes >= ROOMY_BYTES else 3
+    if dim * size > 512:  # float32 products hold their operands in registers, in three parts each
+        return DecodeLaunch(block_n, num_warps=8, num_stages=3)
+    return DecodeLaunch(block_n, num_warps=4, num_stages=deep)
+
+
+def prefix_rule(shape: Shape, on: Chip) -> DecodeLaunch:
+    """As `decode_rule`, with four times the query rows and so more warps where a warp group does not hold them."""
+    launch = decode_rule(shape, on)
+    if shape.head_dim <= 128 and on.arch >= 90:
+        return launch
+    return DecodeLaunch(launch.block_n, num_warps=8, num_stages=3)
 
 
 def paged_decode(
@@ -222,8 +240,8 @@ def prefix_decode(
     """
     if scores.sliding_window is not None:
         raise ValueError("a shared prefix and a sliding window do not go together")
-    group = q.shape[1] // pages.shape[1]
-    queries = max(1, min(PREFIX_ROWS // group, q.shape[0]))
+    tile_rows = SMALLEST_DOT if pages.dtype == torch.float32 else PREFIX_ROWS
+    queries = max(1, min(tile_rows * pages.shape[1] // q.shape[1], q.shape[0]))
     _attend(_Rows(q, pages, prefix_table[None], prefix_len, queries, 0, 0), scores, out, lse, launch)
 
 
@@ -254,9 +272,9 @@ def _attend(rows: _Rows, scores: Scores, out: Tensor, lse: Tensor | None, launch
     group = heads // kv_heads
     block_m = max(SMALLEST_DOT, triton.next_power_of_2(group * rows.queries))
     if launch is None:
-        kernel = "paged_decode" if rows.queries == 1 else "prefix_decode"
+        kernel, rule = ("paged_decode", decode_rule) if rows.queries == 1 else ("prefix_decode", prefix_rule)
         shape = Shape(kernel, dtype_name(q.dtype, pages.dtype), dim, group, page_size, bucket_of(count))
-        launch = launch_of(DecodeLaunch, decode_rule, shape, on)
+        launch = launch_of(DecodeLaunch, rule, shape, on)
     tiles = triton.cdiv(count, rows.queries)
     splits = num_splits(tiles, kv_heads, rows.tables.shape[1] * page_size, launch, on)
     partial = torch.empty(count * heads * splits * dim if splits > 1 else 0, dtype=torch.float32, device=q.device)

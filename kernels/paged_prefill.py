@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile import EVERYTHING, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, widened
-from .launch import Chip, Shape, bucket_of, chip, dtype_name, launch_of
+from .launch import Chip, Shape, bucket_of, chip, dtype_name, itemsize, launch_of
 from .layout import AttentionBatch
 
 
@@ -158,8 +158,17 @@ def work_list(batch: AttentionBatch, first_row: int, tile_queries: int, window: 
 
 
 def prefill_rule(shape: Shape, on: Chip) -> PrefillLaunch:
-    """Tiles that fill registers and shared memory of the chip without spilling."""
-    return PrefillLaunch(64, 64, 4, 3)
+    """The largest tiles that compile without spilling. A warp group of sm_90 takes 64 query rows; two of them share their keys.
+
+    float32 products hold their operands in registers, in three parts each: small tiles, for tests rather than for speed.
+    """
+    wide = shape.head_dim > 128
+    if itemsize(shape.dtype) == 4:
+        rows = triton.next_power_of_2(max(shape.group, 16))
+        return PrefillLaunch(rows, 16, 8, 3) if wide else PrefillLaunch(rows, 32, 4, 3)
+    if wide:
+        return PrefillLaunch(128 if on.arch == 90 else 64, 32, 8, 3)
+    return PrefillLaunch(128, 64, 8, 5 if on.arch >= 90 else 3)
 
 
 def prefill_launch(q: Tensor, pages: Tensor) -> PrefillLaunch:
@@ -192,13 +201,15 @@ def paged_prefill(
         launch: parameters that `work` was made for; None for those of `prefill_launch`.
 
     Raises:
-        ValueError: the shapes do not go together, or an innermost axis has gaps.
+        ValueError: the shapes do not go together, an innermost axis has gaps, or a tile is smaller than a group.
     """
     check_pages(q, pages)
     on = chip(q.device)
     launch = prefill_launch(q, pages) if launch is None else launch
     kv_heads, page_size, dim = pages.shape[1], pages.shape[3], pages.shape[4]
     group = q.shape[1] // kv_heads
+    if launch.block_m < group:
+        raise ValueError(f"a tile of {launch.block_m} query rows does not hold a group of {group} heads")
     _prefill_kernel[(work.shape[0], kv_heads)](
         q, readable(pages, on), batch.block_tables, batch.row_starts, batch.kv_lens, work, out, lse,
         scores.scale, scores.soft_cap or 1.0, scores.window,
