@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 REPLICAS = 3
 KEY = b"key"
 POISON = (49, 48, 49)  # a prompt that begins so kills whoever computes it
-STEP_S, TICK_S = 0.02, 0.1
+STEP_S, TICK_S, POLL_S = 0.02, 0.1, 0.15
 START_S = 0.5  # from a process's start to its readiness
 EVENT_WAIT_S = 0.5
 
@@ -276,7 +276,7 @@ class ControllerProcess(Process):
                     await asyncio.sleep(0.25)
                     continue
                 self._take(life, frame)
-                await asyncio.sleep(TICK_S / 2)
+                await asyncio.sleep(POLL_S)
         except Gone as gone:
             self.table.died(*life.owner, str(gone), self.now_s)
 

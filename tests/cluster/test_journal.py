@@ -247,3 +247,43 @@ def test_an_aborted_choice_is_not_resumed() -> None:
     j.lost(A, "it died", 1.0)
     assert only(j.routed(1, Route(*B), 1.0), Submit).request.resume == {0: (5,)}
     assert j.abort(0) == [Abort(B, "r", 1, None)]
+
+
+def test_a_replica_that_dies_before_it_says_whether_it_took_the_request_counts() -> None:
+    j = journal()
+    j.start(0.0)
+    for attempt in range(2):
+        j.routed(attempt, Route(*A), 0.0)
+        assert only(j.turned_away(A, attempt, ReplicaLost("no answer"), 0.1), Ask)
+        assert j.deaths == attempt
+        j.lost(A, "it died", 0.2)  # the news of it come later, when it asks already
+        assert j.lost(A, "it died", 0.2) == []
+        assert j.deaths == attempt + 1
+    assert j.on_trial
+    j.routed(2, Route(*A), 0.3)
+    j.turned_away(A, 2, ReplicaLost("no answer"), 0.4)
+    j.routed(3, Route(*B), 0.5)
+    j.taken(B, 3)
+    assert j.lost(A, "it died", 0.6) == [Lost("r", A, "it died"), Abort(B, "r", 3, None), Withdraw("r")]
+    assert isinstance(j.failure, RequestFailed)
+
+
+def test_a_way_that_is_lost_is_no_death() -> None:
+    j = running()
+    for attempt in range(5):
+        assert only(j.lost(A, "frames are missing", 1.0, died=False), Ask).request.resumed
+        j.routed(attempt + 1, Route(*A), 1.0)
+    assert j.deaths == 0
+    assert j.lost(A, "frames are missing", 21.1, died=False)[1:] == [Withdraw("r")]
+    assert isinstance(j.failure, ReplicaLost)
+
+
+def test_stale_routes_are_followed_for_a_while() -> None:
+    j = journal()
+    j.start(0.0)
+    for attempt in range(20):
+        j.routed(attempt, Route(*A), 1.0 + attempt)
+        assert only(j.turned_away(A, attempt, ReplicaLost("not here"), 1.0 + attempt), Ask)
+    j.routed(20, Route(*A), 21.0)
+    j.turned_away(A, 20, ReplicaLost("not here"), 21.1)
+    assert isinstance(j.failure, ReplicaLost)

@@ -151,3 +151,45 @@ def test_a_request_id_is_unique_among_live_requests(ingress: Ingress) -> None:
     journal.abort(None)
     ingress.table.forget_ended("r")
     ingress.open()
+
+
+def test_missing_frames_and_a_connection_without_any_are_no_death(ingress: Ingress) -> None:
+    journal = ingress.open()
+    ingress.table.drop("c", "never came up", 100.0)
+    assert journal.deaths == 0
+    journal.routed(1, Route(*ONE), 100.0)
+    ingress.table.connect("d", ONE)
+    ingress.table.feed("d", pack_frame(Frame(*ONE, 0, ())), 100.0)
+    with pytest.raises(ReplicaLost):
+        ingress.table.feed("d", pack_frame(Frame(*ONE, 2, ())), 100.0)
+    ingress.table.drop("d", "a gap", 100.0)
+    assert journal.deaths == 0
+    journal.routed(2, Route(*ONE), 100.0)
+    ingress.table.connect("e", ONE)
+    ingress.table.feed("e", pack_frame(Frame(*ONE, 0, ())), 100.0)
+    ingress.table.drop("e", "it died", 100.0)
+    assert journal.deaths == 1
+
+
+def test_requests_that_may_be_poison_are_tried_one_at_a_time(ingress: Ingress) -> None:
+    journals = [ingress.open(name) for name in "abc"]
+    fresh = ingress.open("d")
+    asks: dict[str, Ask] = {}
+    for attempt in range(2):
+        for journal in journals:
+            (ask,) = (c for c in journal.lost(ONE, "it died", 100.0) if isinstance(c, Ask))
+            asks[journal.request_id] = ask
+            if attempt == 0:
+                assert ingress.table.may_ask(ask)
+                journal.routed(1, Route(*ONE), 100.0)
+    (other,) = (c for c in fresh.lost(ONE, "it died", 100.0) if isinstance(c, Ask))
+    assert [ingress.table.may_ask(ask) for ask in (asks["a"], asks["b"], asks["c"], other)] == [True, False, False, True]
+    assert ingress.table.may_ask(asks["a"])  # the same question once more
+    assert ingress.table.released() == []
+    journals[0].routed(2, Route(*ONE), 100.0)
+    journals[1].abort(None)  # its reader has left meanwhile
+    ingress.table.forget_ended("b")
+    assert journals[0].lost(ONE, "it died", 100.0)  # for the third time
+    ingress.table.forget_ended("a")
+    assert ingress.table.released() == [asks["c"]]
+    assert ingress.table.may_ask(asks["c"])
