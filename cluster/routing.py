@@ -154,7 +154,7 @@ class Router:
         with_room = [candidate for candidate in _candidates(seated, held) if has_pages(candidate, demand)]
         if not with_room:
             return _candidates((replica for replica in replicas if may_displace(replica, demand)), held)
-        if self._policy.waits:
+        if self._policy.waits and len(with_room) < len(replicas):
             found = {candidate.replica.replica_id for candidate in with_room}
             others = _candidates((r for r in replicas if r.replica_id in held and r.replica_id not in found), held)
             with_room += [c for c in others if has_seats(c.replica, demand, c.cached_tokens) and has_pages(c, demand)]
