@@ -119,7 +119,6 @@ class Controller:
         elif report.info is not None and replica.state is ReplicaState.STARTING:
             self._become(replica, ReplicaState.READY, now_s)
             replica.reason = ""
-            replica.failed_starts = 0
             self._served = True
             return True
         return False
@@ -237,7 +236,6 @@ class Controller:
         replica.report = replica.load = None
         replica.ranks.clear()
         replica.start_at_s = None
-        replica.heard_s = now_s
         self._become(replica, ReplicaState.STARTING, now_s)
 
     def _become(self, replica: Replica, state: ReplicaState, now_s: float) -> None:

@@ -51,7 +51,9 @@ def test_what_nobody_asks_any_more_is_forgotten_and_named_unless_its_answer_was_
     admissions.decide("unheard", 0, ROUTE)
     admissions.decide("heard", 0, ROUTE)
     admissions.fetch("heard", 0)
+    assert not admissions.ask(request("young"), 12.0)
     assert admissions.expire(KEPT_S) == []
     assert admissions.expire(KEPT_S + 0.1) == ["open", "unheard"]
     assert admissions.superseded("heard", 0)
-    assert not admissions.superseded("young", 0)
+    assert admissions.expire(KEPT_S + 11.0) == []  # it was asked again at 12
+    assert admissions.expire(KEPT_S + 12.1) == ["young"]

@@ -101,6 +101,21 @@ def test_a_dead_replica_is_due_again_after_a_delay_that_doubles_until_it_was_hea
     assert controller.replicas()[0].start_at_s == now_s + 60.5
 
 
+def test_failed_starts_and_suspicions_are_no_health_and_no_illness() -> None:
+    controller = table()
+    delays = []
+    for start_s in (0.0, 200.0, 400.0):  # long in starting, never ready
+        epoch = controller.begin(A, 1000, start_s)
+        controller.died(A, epoch, "killed", start_s + 99.0)
+        delays.append((controller.replicas()[0].start_at_s or 0.0) - start_s - 99.0)
+    assert delays == [0.5, 1.0, 2.0]
+    epoch = ready(controller, now_s=500.0)
+    controller.silent(555.0)
+    controller.heard(A, epoch, 556.0)
+    controller.died(A, epoch, "killed", 561.0)
+    assert controller.replicas()[0].start_at_s == 561.5  # healthy since 500
+
+
 def test_an_operator_need_not_wait() -> None:
     controller = table()
     epoch = ready(controller)
@@ -132,6 +147,8 @@ def test_silence_makes_suspect_then_dead_and_a_word_makes_well_again() -> None:
 
 def test_a_start_that_takes_too_long_is_given_up_and_says_what_it_waited_for() -> None:
     controller = table()
+    controller.silent(1000.0)  # not begun: nothing takes long
+    assert states(controller) == [ReplicaState.STARTING]
     epoch = controller.begin(A, 1000, 5.0)
     controller.waits(A, epoch, "waiting for 1 GPU")
     controller.silent(5.0 + START_TIMEOUT_S)

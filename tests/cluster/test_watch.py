@@ -139,6 +139,20 @@ def test_a_dead_leader_ends_it_and_so_does_a_dead_rank(monkeypatch: pytest.Monke
         scene.play(scenario)
 
 
+def test_a_rank_that_cannot_be_reached_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, ranks=2)
+    scene.ranks[1].fault = ActorUnavailableError("not now", None)
+
+    async def scenario(following: asyncio.Task[None]) -> None:
+        await until(lambda: len(scene.frames) >= 2)
+        assert 1 not in scene.table.replicas()[0].ranks
+        scene.ranks[1].fault = None
+        await until(lambda: 1 in scene.table.replicas()[0].ranks)
+        assert not following.done()
+
+    scene.play(scenario)
+
+
 def test_its_last_words_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch)
 
