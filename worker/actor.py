@@ -27,7 +27,7 @@ from .engine_loop import EngineLoop
 from .logs import LogSetup, start_logging
 from .outbox import Outbox
 from .plan import MemoryBytes
-from .protocol import BadRequest, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
+from .protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
 from .rendezvous import LOOPBACK, address_of, listen
 from .tracing import SequenceSpans, Tracing
 from .watchdog import Watchdog
@@ -46,7 +46,7 @@ LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in 
 
 T = TypeVar("T")
 Reply = tuple[Any, ...]
-"""("ok",), ("bad_request", field, message), ("overloaded", message, retry_after_s) or ("lost", message)."""
+"""("ok",), ("bad_request", field, message), ("overloaded", message, retry_after_s), ("deadline", message) or ("lost", message)."""
 
 
 def reply_to(error: QuireError | None) -> Reply:
@@ -58,6 +58,8 @@ def reply_to(error: QuireError | None) -> Reply:
             return ("bad_request", error.field, error.message)
         case Overloaded():
             return ("overloaded", error.message, error.retry_after_s)
+        case DeadlineExceeded():
+            return ("deadline", str(error))
         case _:
             return ("lost", str(error))
 
@@ -66,7 +68,7 @@ def raise_reply(reply: Reply) -> None:
     """The inverse of `reply_to`.
 
     Raises:
-        BadRequest, Overloaded, ReplicaLost: what the reply says.
+        BadRequest, Overloaded, DeadlineExceeded, ReplicaLost: what the reply says.
     """
     match reply:
         case ("ok",):
@@ -75,6 +77,8 @@ def raise_reply(reply: Reply) -> None:
             raise BadRequest(field, message)
         case ("overloaded", str(message), float(retry_after_s)):
             raise Overloaded(message, retry_after_s)
+        case ("deadline", str(message)):
+            raise DeadlineExceeded(message)
         case ("lost", str(message)):
             raise ReplicaLost(message)
         case _:

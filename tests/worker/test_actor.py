@@ -17,6 +17,7 @@ from quire.worker.config import EngineOptions
 from quire.worker.outbox import Outbox
 from quire.worker.protocol import (
     BadRequest,
+    DeadlineExceeded,
     EngineStats,
     GenerateRequest,
     Overloaded,
@@ -92,7 +93,7 @@ def test_a_request_runs_and_its_tokens_come_as_frames() -> None:
 
 
 def test_refusals_cross_as_primitives_and_come_back_as_what_they_were() -> None:
-    for error in (BadRequest("n", "too many"), Overloaded("full", 2.5), ReplicaLost("gone")):
+    for error in (BadRequest("n", "too many"), Overloaded("full", 2.5), DeadlineExceeded("late"), ReplicaLost("gone")):
         reply = reply_to(error)
         assert all(isinstance(part, str | float) for part in reply)
         with pytest.raises(type(error)) as caught:
