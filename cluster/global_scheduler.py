@@ -8,7 +8,7 @@ Whoever is next is sent when the router finds room, and until then nobody passes
 running requests or pages is passed over: that is not for others to wait for.
 
 Whoever can never be served, or not in time, is told so at once: too large, too fast, behind a full queue, or behind so many that
-the measured drain rate does not get to it within its deadline or `max_wait_s`.
+the measured drain rate does not get to it well within its deadline, or within `max_wait_s`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from .messages import AdmitRequest
 from .tenants import TenantTable
 from .waiting_line import Line, Waiting, WaitingLines
 
+# Of a deadline, that the predicted wait may take: predictions err, and the replica needs time for the first step, too.
+DEADLINE_SHARE = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
@@ -19,7 +22,7 @@ class QueueLimits:
     Attributes:
         max_requests: that may wait.
         max_tokens: prompt tokens that may wait. One request may wait alone, whatever its size.
-        max_wait_s: a request that would wait longer, by the measured drain rate, is refused. Its deadline may be sooner.
+        max_wait_s: a request that would wait longer, as the queue drains now, is refused. So is one that would for much of its deadline.
     """
 
     max_requests: int
@@ -47,14 +50,17 @@ class QueueGate:
 
     def check_wait(self, request: AdmitRequest) -> None:
         """Raises:
-        Overloaded: the request would not have its turn within its deadline, or within `max_wait_s`.
+        Overloaded: the request would not have its turn well within its deadline, or not within `max_wait_s`.
         """
-        most_s = self.limits.max_wait_s if request.deadline_s is None else min(self.limits.max_wait_s, request.deadline_s)
         requests, tokens = self._ahead_of(request)
         wait_s = self.drain.wait_s(requests, tokens)
-        if wait_s > most_s:
-            what = f"the request would wait about {wait_s:.1f} s for its turn, longer than {most_s:.1f} s"
-            raise Overloaded(what, self.drain.retry_after_s(requests, tokens))
+        if request.deadline_s is not None and wait_s > DEADLINE_SHARE * request.deadline_s:
+            limit = f"too long for a deadline in {request.deadline_s:.1f} s"
+        elif wait_s > self.limits.max_wait_s:
+            limit = f"longer than {self.limits.max_wait_s:.1f} s"
+        else:
+            return
+        raise Overloaded(f"the request would wait about {wait_s:.1f} s for its turn, {limit}", self.drain.retry_after_s(requests, tokens))
 
     def victims(self, request: AdmitRequest) -> list[Waiting]:
         """Who has to go so that `request` fits into the queue: nobody, while there is room.
