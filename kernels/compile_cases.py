@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from .attention_tile import Scores
 from .cross_compile import ARCHES, Case, Needs
+from .fixed_matmul import fixed_matmul
 from .launch import Shape, dtype_name, read_table
 from .layout import AttentionBatch
 from .merge_states import merge_states
+from .page_copy import move_pages
 from .paged_decode import DecodeLaunch, paged_decode, prefix_decode
 from .paged_prefill import PrefillLaunch, paged_prefill
+from .rms_norm import add_rms_norm, rms_norm
+from .rope_write import rope_and_write_kv
+from .sampling import SampleRows, sample
+from .silu_mul import silu_mul
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 KV_HEADS, LAYERS, WIDTH = 2, 2, 64
@@ -65,7 +72,7 @@ class Attention:
 
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
-    return [*attention_cases(), *merge_cases(), *table_cases(read_table())]
+    return [*attention_cases(), *merge_cases(), *small_cases(), *table_cases(read_table())]
 
 
 def attention_cases() -> Iterator[Case]:
@@ -85,17 +92,49 @@ def attention_cases() -> Iterator[Case]:
 
 
 def merge_cases() -> Iterator[Case]:
-    """Both of its uses: into the model's type, and in place."""
+    """Into the model's type."""
     for dim, dtype in ((128, BF16), (80, FP32)):
-        yield Case(f"merge_states {dtype_name(dtype)} d{dim}", _merge(dim, dtype), {})
+        a, lse = torch.empty(16, 8, dim), torch.empty(16, 8)
+        yield Case(f"merge_states {dtype_name(dtype)} d{dim}", partial(merge_states, a, lse, a, lse, a.to(dtype), lse), {})
 
 
-def _merge(dim: int, dtype: torch.dtype) -> Callable[[], None]:
-    def call() -> None:
-        a, b, lse = torch.empty(16, 8, dim), torch.empty(16, 8, dim), torch.empty(16, 8)
-        merge_states(a, lse, b, lse, torch.empty(16, 8, dim, dtype=dtype), lse)
+def small_cases() -> Iterator[Case]:
+    """Norms, activation, rotary embedding, page moves, sampling and the fixed product, at a model's sizes."""
+    for dtype, width in ((BF16, 4096), (FP32, 576)):
+        x, weight = torch.empty(16, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        yield Case(f"rms_norm {dtype_name(dtype)} {width}", partial(rms_norm, x, weight, 1e-5), {})
+        yield Case(f"add_rms_norm {dtype_name(dtype)} {width}", partial(add_rms_norm, x, x, weight, 1e-5), {})
+        yield Case(f"silu_mul {dtype_name(dtype)} {width}", partial(silu_mul, x), {})
+        yield Case(
+            f"fixed_matmul {dtype_name(dtype)} {width}",
+            partial(fixed_matmul, x, torch.empty(1024, width, dtype=dtype), None),
+            {"_matmul_kernel": Needs.ASYNC_COPIES | Needs.TENSOR_CORES},
+        )
+    for dtype, stored, dim, normed in ((BF16, BF16, 128, True), (BF16, FP8, 80, False), (FP32, FP32, 64, False)):
+        name = f"rope_write {dtype_name(dtype, stored)} d{dim}{' norm' if normed else ''}"
+        yield Case(name, partial(_rope, dtype, stored, dim, normed), {})
+    ids, pages = torch.zeros(8, dtype=torch.int64), torch.empty(16, KV_HEADS, LAYERS, 2, 32, 128, dtype=BF16)
+    yield Case("page_copy", partial(move_pages, pages, ids, pages, ids), {})
+    yield Case("page_copy pack", partial(move_pages, pages, ids, torch.empty_like(pages[:8]), None), {})
+    yield Case("page_copy unpack", partial(move_pages, pages[:8], None, torch.empty_like(pages), ids), {})
+    for rows in (1, 64):
+        yield Case(f"sampling {rows} rows", partial(_sample, rows), {})
 
-    return call
+
+def _rope(dtype: torch.dtype, stored: torch.dtype, dim: int, normed: bool) -> None:
+    qkv = torch.empty(16, (4 + 2 * KV_HEADS) * dim, dtype=dtype)
+    at = torch.zeros(16, dtype=torch.int64)
+    pages = torch.empty(4, KV_HEADS, LAYERS, 2, 32, dim, dtype=stored)[:, :, 1]
+    weight = torch.empty(dim, dtype=dtype) if normed else None
+    rope_and_write_kv(qkv, at, torch.empty(64, dim), pages, at, 4, weight, weight, 1e-6)
+
+
+def _sample(rows: int) -> None:
+    whole, real = partial(torch.zeros, dtype=torch.int32), torch.zeros
+    sample(
+        real(rows, 128256),
+        SampleRows(real(rows), whole(rows), real(rows), real(rows), whole(rows, 2), whole(rows + 1), whole(8), real(8), real(8), real(8)),
+    )
 
 
 def table_cases(table: dict[tuple[int, Shape], dict[str, int]]) -> Iterator[Case]:

@@ -168,7 +168,9 @@ def prefill_rule(shape: Shape, on: Chip) -> PrefillLaunch:
         return PrefillLaunch(rows, 16, 8, 3) if wide else PrefillLaunch(rows, 32, 4, 3)
     if wide:
         return PrefillLaunch(128 if on.arch == 90 else 64, 32, 8, 3)
-    return PrefillLaunch(128, 64, 8, 5 if on.arch >= 90 else 3)
+    if on.arch < 90:
+        return PrefillLaunch(128, 32, 8, 3)
+    return PrefillLaunch(128, 128, 8, 3) if on.arch >= 100 and shape.head_dim == 64 else PrefillLaunch(128, 64, 8, 5)
 
 
 def prefill_launch(q: Tensor, pages: Tensor) -> PrefillLaunch:
