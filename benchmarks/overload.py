@@ -128,7 +128,7 @@ def goals(found: dict[str, Any], options: argparse.Namespace) -> dict[str, bool]
 def table(found: dict[str, Any], options: argparse.Namespace) -> str:
     """The figures for people."""
     shape = f"{options.input} + {options.output} tokens; in time: TTFT <= {options.slo_ms} ms; deadline {options.slo_ms // 2} ms"
-    lines = [f"capacity {found['capacity_per_s']:.1f} requests/s of {shape}", f"{'':<34}{'1x':>22}{'3x':>22}"]
+    lines = [f"capacity {found['capacity_per_s']:.1f} requests/s of {shape}", f"{'':<34}{'1x':>30}{'3x':>30}"]
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "requests": lambda f: f"{f['requests']}",
         "by status": lambda f: ", ".join(f"{status}: {count}" for status, count in sorted(f["statuses"].items())),
@@ -140,8 +140,8 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> str:
         "504 after at most": lambda f: f"{f['expired_most_ms']:.0f} ms",
         "memory at first, at most": lambda f: f"{f['memory_first_mib']:.0f}, {f['memory_most_mib']:.0f} MiB",
     }
-    lines += [f"{name:<34}{cell(found['1x']):>22}{cell(found['3x']):>22}" for name, cell in rows.items()]
-    return "\n".join(lines)
+    lines += [f"{name:<34}{cell(found['1x']):>30}{cell(found['3x']):>30}" for name, cell in rows.items()]
+    return "\n".join(lines).replace("nan", "-")
 
 
 def main() -> int:
@@ -166,7 +166,8 @@ def main() -> int:
         print(f"{'met' if good else 'missed':<8}{name}")
     if options.json:
         asked = {**vars(options), "json": str(options.json)}
-        options.json.write_text(json.dumps({"options": asked, "goals": kept, **found}, indent=1) + "\n")
+        text = json.dumps({"options": asked, "goals": kept, **found}, indent=1)
+        options.json.write_text(text.replace("NaN", "null") + "\n")  # JSON knows no nan
     return 0 if all(kept.values()) else 1
 
 
