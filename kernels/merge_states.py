@@ -2,7 +2,7 @@
 
     lse = log(e^lse_a + e^lse_b)        out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
 
-A side without keys has log-sum-exp -inf and counts for nothing, whatever its output holds (a finite number). Both empty: zeros.
+A side without keys has log-sum-exp -inf and counts for nothing, whatever its output holds. Both empty: zeros.
 """
 
 from __future__ import annotations

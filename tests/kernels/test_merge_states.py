@@ -37,6 +37,7 @@ def test_merge(rows: int, heads: int, dim: int, dtype: torch.dtype, device: str)
 def test_merge_with_sides_that_saw_nothing(device: str) -> None:
     a, b = random((4, 1, 64), FP32, device), random((4, 1, 64), FP32, device)
     none = -math.inf
+    a[0], b[1] = math.nan, math.nan
     lse_a = torch.tensor([[none], [1.0], [none], [90.0]], device=device)
     lse_b = torch.tensor([[2.0], [none], [none], [-90.0]], device=device)
     out, lse = poison(a.shape, FP32, device), poison(lse_a.shape, FP32, device)
