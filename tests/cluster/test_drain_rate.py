@@ -38,6 +38,18 @@ def test_the_wait_is_the_backlog_over_the_rate() -> None:
     assert rate.retry_after_s(10**6, 10**8) == 60.0
 
 
+def test_what_leaves_an_empty_queue_says_nothing() -> None:
+    rate = DrainRate()
+    rate.advance(0.0)
+    for _ in range(1000):  # the batch fills
+        rate.left(100)
+    rate.set_draining(True)
+    for second in range(1, 61):
+        rate.advance(float(second))
+        rate.left(100)
+    assert rate.wait_s(10, 1000) == pytest.approx(10.0, rel=0.1)
+
+
 def test_it_follows_the_capacity() -> None:
     rate = drained(120, per_s=50, tokens=100)
     for second in range(121, 121 + int(3 * WINDOW_S)):

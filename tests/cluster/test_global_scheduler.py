@@ -157,6 +157,10 @@ def test_output_is_charged_as_it_is_reported_and_once() -> None:
     assert b.served("t") == 18.0
     b.report(served={"t": 90}, steps=0)
     assert b.served("t") == 18.0, "an overtaken frame"
+    b._next = 0
+    b.report(served={"t": 90}, steps=1)
+    assert b.served("t") == 18.0, "and one that only its number tells"
+    b._next = 1
     b.report(served={"t": 105, "new": 3}, steps=2)
     assert b.served("t") == 20.0
     assert b.served("new") == 6.0
@@ -316,7 +320,7 @@ def test_who_would_wait_too_long_is_told_at_once() -> None:
 
 
 def test_only_its_own_line_stands_before_a_tenant() -> None:
-    b = Bench(limits=QueueLimits(10**6, 10**9, 5.0))
+    b = Bench(limits=QueueLimits(10**6, 10**9, 3.0))
     b.offer(*(asked(f"r{i}", "flood") for i in range(8)))
     b.sent(0)
     for second in range(1, 31):
@@ -337,6 +341,8 @@ def test_a_flood_keeps_nobody_out_of_a_full_queue() -> None:
         b.offer(asked("s2", "small"))
     with pytest.raises(Overloaded):
         b.offer(asked("f4", "flood"))
+    with pytest.raises(Overloaded):
+        b.offer(asked("low", "other", priority=1))  # whoever comes later goes after all of them
     decisions = b.dispatch()
     assert [d.request_id for d in decisions] == ["f3", "f2"]
     assert all(isinstance(d.outcome, Overloaded) for d in decisions)
