@@ -68,6 +68,7 @@ class RunningRequests:
 
     def send(self, request: AdmitRequest, route: Route, now_s: float) -> None:
         """The request goes to that replica now."""
+        self.release(request.request_id)  # a replica may have named an earlier attempt of it since it was queued
         pages = self._tenant(request.tenant).pages_for(request.prompt_tokens, request.sequences)
         self._enter(request.request_id, _Request(request.tenant, request.attempt, route, pages))
         self._unstarted[request.request_id] = now_s
