@@ -35,7 +35,8 @@ class Admissions:
         """Whether the question is new. A later attempt takes the place of an earlier one; an earlier one is not new."""
         known = self._questions.get(request.request_id)
         if known is not None and request.attempt <= known.request.attempt:
-            known.asked_s = now_s
+            if request.attempt == known.request.attempt:
+                known.asked_s = now_s
             return False
         self._questions[request.request_id] = _Question(request, now_s)
         return True

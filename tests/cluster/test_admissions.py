@@ -35,6 +35,14 @@ def test_a_later_attempt_takes_the_place_of_an_earlier_one() -> None:
     assert admissions.fetch("a", 1) == ROUTE
 
 
+def test_asking_for_an_earlier_attempt_keeps_nothing_open() -> None:
+    admissions = Admissions()
+    admissions.ask(request(attempt=1), 0.0)
+    assert not admissions.ask(request(attempt=0), KEPT_S)
+    assert admissions.expire(KEPT_S + 0.1) == ["a"]
+    assert admissions.ask(request(attempt=0), KEPT_S + 0.2)
+
+
 def test_a_withdrawn_question_is_closed() -> None:
     admissions = Admissions()
     admissions.ask(request(), 0.0)

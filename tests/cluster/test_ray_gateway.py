@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -41,11 +42,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_gateway.Cl
     save_tiny_model(model)
     engine = EngineOptions(ModelOptions(str(model)), CacheOptions(kv_pages=512), parallel=ParallelOptions(tp=2))
     cluster = ray_gateway.Cluster(QuireOptions(engine, cluster=ClusterOptions(namespace=NAMESPACE, replicas=2)))
+    over = threading.Event()
+
+    def renew() -> None:
+        """The lease, as `quire serve` does."""
+        while not over.wait(2.0):
+            with contextlib.suppress(ReplicaLost):
+                cluster.view()
+
+    renewing = threading.Thread(target=renew)
     try:
         cluster.check()
+        renewing.start()
         until(lambda: all_ready(cluster))
         yield cluster
     finally:
+        over.set()
+        renewing.join(WAIT_S)
         cluster.close()
 
 
@@ -135,11 +148,11 @@ def test_a_replica_dies_whole_with_any_rank_and_its_streams_go_on_elsewhere(clus
         ingress = client()
         ingress.start()
         await ingress.ready(WAIT_S)
-        calm = await tokens_of(await ingress.submit(request("calm", 300)))
-        stream = await ingress.submit(request("disturbed", 300))
+        calm = await tokens_of(await ingress.submit(request(f"calm {rank}", 300)))
+        stream = await ingress.submit(request(f"disturbed {rank}", 300))
         tokens = list((await anext(stream)).tokens)
         now = await status()
-        hit = next(r for r in now.replicas if r.id == next(q.replica for q in now.requests if q.id == "disturbed"))
+        hit = next(r for r in now.replicas if r.id == next(q.replica for q in now.requests if q.id == f"disturbed {rank}"))
         os.kill(hit.ranks[rank].pid, signal.SIGKILL)
         assert tokens + await tokens_of(stream) == calm
         assert ingress.recovery().resumed == 1

@@ -18,7 +18,7 @@ import pytest
 from tiny_server import save_tiny_model
 
 TIMEOUT_S = 280.0
-SIZE = {"--replicas": "3", "--tp": "2", "--ingresses": "2", "--streams": "12", "--tokens": "300", "--rounds": "5"}
+SIZE = {"--replicas": "3", "--tp": "2", "--ingresses": "2", "--streams": "12", "--tokens": "200", "--rounds": "5"}
 
 
 @pytest.fixture(scope="module")
