@@ -32,7 +32,7 @@ from quire.cluster.fairness import INPUT_PRICE, OUTPUT_PRICE
 
 SMALL = ("alice", "bob", "carol")
 TENANTS = (*SMALL, "flood", "long", "short")
-DOCUMENT, CHAT = (256, 8), (32, 32)  # tokens in and out
+DOCUMENT, CHAT = (256, 8), (16, 16)  # tokens in and out
 LONG, SHORT = (200, 16), (32, 48)
 LATE_S = 20.0  # after the last arrival, for the answers
 GOAL = 2.0
