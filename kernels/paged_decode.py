@@ -8,9 +8,9 @@ of its splits a row uses is computed in the programs from the row's length, and 
 
     keys a split = max(min_split_keys, ceil(visible / splits)), rounded up to whole tiles
 
-A row of one split is written straight to `out`. Others leave partial results, unless there is only one split for everybody, for a
-second kernel that weighs them by their log-sum-exp. A row with kv_len 0 (padding) reads nothing and becomes zeros, its
-log-sum-exp -inf.
+A row of one split is written straight to `out`. The others leave partial results for a second kernel, which weighs them by their
+log-sum-exp; it is not launched if the grid has one split, and leaves at once for rows of one. A row with kv_len 0 (padding) reads
+nothing and becomes zeros, its log-sum-exp -inf.
 
 `prefix_decode` is the same kernel with many queries a row: all of them look at the same keys, the pages of a shared prefix.
 """
@@ -180,7 +180,7 @@ def decode_rule(shape: Shape, on: Chip) -> DecodeLaunch:
 def prefix_rule(shape: Shape, on: Chip) -> DecodeLaunch:
     """As `decode_rule`, with four times the query rows and so more warps where a warp group does not hold them."""
     launch = decode_rule(shape, on)
-    if shape.head_dim <= 128 and on.arch >= 90:
+    if shape.head_dim <= 128 and on.arch == 90:
         return launch
     return DecodeLaunch(launch.block_n, num_warps=8, num_stages=3)
 
