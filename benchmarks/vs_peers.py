@@ -226,7 +226,7 @@ def main() -> None:
         if args.llama_cpp_python:
             offline(run, "llama.cpp", args.llama_cpp_python, "llama.cpp Q4_1", 1, resolve_model("smollm2"))
         if not args.no_http:
-            own = [str(Path(sys.executable).with_name("quire")), "serve", "--model", str(run.model)]
+            own = [str(Path(sys.executable).with_name("quire")), "serve", "--model", str(run.model), "--admin-port", "0"]
             over_http(run, "quire", own, dict(os.environ))
             if args.vllm_python:
                 vllm = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(run.model), "--dtype", "float32"]

