@@ -29,7 +29,8 @@ def main() -> int:
     args, bench = parser.parse_known_args()
     quire = [sys.executable, "-m", "quire.deploy.cli"]
     begin = time.monotonic()
-    server = subprocess.Popen([*quire, "serve", "--port", "0", "--admin-port", "0", *shlex.split(args.serve)], stdout=subprocess.PIPE, text=True)
+    command = [*quire, "serve", "--port", "0", "--admin-port", "0", *shlex.split(args.serve)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = wait_until_ready(server, begin + START_TIMEOUT_S)
         if url is None:
