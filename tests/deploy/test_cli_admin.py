@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from admin_peer import STATUS, FakePort, running_admin
@@ -103,8 +104,9 @@ def test_top_goes_on_into_a_pipe_until_nobody_reads(admin: Admin) -> None:
 def test_top_in_a_terminal_leaves_it_as_it_was(admin: Admin, leave: str) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(ours)
-    with subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top:
+    with subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top, ExitStack() as end:
         os.close(theirs)
+        end.callback(top.kill)  # nobody reads its output after a failure
         seen, deadline_s = b"", time.monotonic() + 60
         while seen.count(b"\x1b[H") < 2:
             assert time.monotonic() < deadline_s, seen
