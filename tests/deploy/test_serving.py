@@ -28,6 +28,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def kill(server: Serve, pid: int) -> None:
+    """Kills one of its processes and waits until its sockets are gone with it."""
+    process = next(p for p in descendants(server.process.pid) if p.pid == pid)
+    os.kill(pid, signal.SIGKILL)
+    end([process], WAIT_S)
+
+
 def complete(url: str, **body: object) -> httpx.Response:
     """A connection of its own, so that any ingress may get it."""
     name = httpx.get(url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
@@ -119,7 +126,7 @@ def test_of_two_ingresses_one_dies_and_is_started_again_on_the_port_that_they_sh
         server.wait_ready()
         ingresses = {row["id"]: row["pid"] for row in server.status()["ingresses"]}
         assert sorted(ingresses) == ["ingress-0", "ingress-1"]
-        os.kill(ingresses["ingress-1"], signal.SIGKILL)
+        kill(server, ingresses["ingress-1"])
         for _ in range(20):  # of the sockets on the port only the living one's is left
             assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
         deadline_s = time.monotonic() + WAIT_S
@@ -130,7 +137,7 @@ def test_of_two_ingresses_one_dies_and_is_started_again_on_the_port_that_they_sh
         again = {row["id"]: row["pid"] for row in server.status()["ingresses"]}
         assert again["ingress-0"] == ingresses["ingress-0"]
         assert again["ingress-1"] != ingresses["ingress-1"]
-        os.kill(again["ingress-0"], signal.SIGKILL)
+        kill(server, again["ingress-0"])
         assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
