@@ -55,6 +55,7 @@ class Stream:
     tokens: int | None = None  # as `usage` says at the end
     times_s: list[float] = field(default_factory=list)  # of events with text
     error: str = ""
+    ended: bool = False
 
     def longest_pause_s(self, since_s: float) -> float:
         """Between two events, of which the later came after `since_s`."""
@@ -86,6 +87,8 @@ async def run_stream(url: str, stream: Stream) -> None:
         writer.close()
     except (OSError, ValueError) as error:
         stream.error = repr(error)
+    finally:
+        stream.ended = True
 
 
 def _take(stream: Stream, event: dict[str, Any]) -> None:
@@ -303,9 +306,11 @@ async def _hit(server: Server, victim: Victim, status: dict[str, Any], streams: 
     """Indices of the streams that the victim works for: none is a controller's, whose work is done before the first token."""
     if victim.kind == "ingress":
         pids, port = [row["pid"] for row in status["ingresses"]], urlsplit(server.url).port or 80
-        while len(mapped := server_side(port, pids)) < len(streams):  # noqa: ASYNC110  until every connection has been accepted
+        while True:  # until every connection that is open has been accepted
+            mapped = server_side(port, pids)
+            if all(stream.ended or stream.client_port in mapped for stream in streams):
+                return {i for i, stream in enumerate(streams) if mapped.get(stream.client_port) == victim.pid}
             await asyncio.sleep(0.01)
-        return {i for i, stream in enumerate(streams) if mapped[stream.client_port] == victim.pid}
     ids = {row["id"] for row in status["requests"] if row["replica"] == victim.replica and victim.replica}
     return {i for i, stream in enumerate(streams) if stream.request_id in ids}
 
