@@ -1,8 +1,6 @@
 # Quire's commands. Each of them sets up .venv first, and again when pyproject.toml changed.
 
 ARGS ?=
-# Two processes take the test files in turn; a third would only get in their way: much of the time goes into real models.
-TEST_PROCESSES ?= 2
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +25,7 @@ serve: $(STAMP)  ## serve a model on http://127.0.0.1:8000 (ARGS are those of `q
 	@exec $(BIN)/quire serve $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS are pytest's)
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)  ## style, types, import contracts
 	@echo 'ruff' && $(BIN)/ruff check --quiet .
