@@ -178,11 +178,12 @@ def decode_rule(shape: Shape, on: Chip) -> DecodeLaunch:
 
 
 def prefix_rule(shape: Shape, on: Chip) -> DecodeLaunch:
-    """As `decode_rule`, with four times the query rows and so more warps where a warp group does not hold them."""
+    """As `decode_rule`, with four times the query rows: more warps where a warp group does not hold them, and smaller tiles on sm_100,
+    where the compiler gives eight warps half of the registers."""
     launch = decode_rule(shape, on)
     if shape.head_dim <= 128 and on.arch == 90:
         return launch
-    return DecodeLaunch(launch.block_n, num_warps=8, num_stages=3)
+    return DecodeLaunch(min(launch.block_n, 32) if on.arch >= 100 else launch.block_n, num_warps=8, num_stages=3)
 
 
 def paged_decode(
