@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -141,7 +142,7 @@ def table(found: dict[str, Any], options: argparse.Namespace) -> str:
         "memory at first, at most": lambda f: f"{f['memory_first_mib']:.0f}, {f['memory_most_mib']:.0f} MiB",
     }
     lines += [f"{name:<34}{cell(found['1x']):>30}{cell(found['3x']):>30}" for name, cell in rows.items()]
-    return "\n".join(lines).replace("nan", "-")
+    return re.sub(r"\bnan\b", "-", "\n".join(lines))
 
 
 def main() -> int:

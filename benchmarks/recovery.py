@@ -18,7 +18,6 @@ import json
 import os
 import random
 import re
-import selectors
 import signal
 import statistics
 import subprocess
@@ -34,10 +33,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from serve_bench import START_TIMEOUT_S, stop, wait_until_ready
 from tqdm import tqdm
 
-READY = "Quire is ready on "
-START_TIMEOUT_S = 600.0
 ROUND_TIMEOUT_S = 240.0  # for every stream of a round to end
 RESTORE_TIMEOUT_S = 120.0  # from a kill until all processes are back
 REST_TIMEOUT_S = 30.0  # until no page is in use
@@ -181,22 +179,12 @@ def served(args: argparse.Namespace) -> Iterator[Server]:
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
-        yield Server(process, _ready(process, log), log)
+        url = wait_until_ready(process, time.monotonic() + START_TIMEOUT_S)
+        if url is None:
+            raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+        yield Server(process, url, log)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _ready(process: subprocess.Popen[str], log: Path) -> str:
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if selector.select(START_TIMEOUT_S) and (line := process.stdout.readline()).startswith(READY):
-            return line.removeprefix(READY).strip()
-    raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+        stop(process)
 
 
 # --- processes ---

@@ -30,6 +30,7 @@ from typing import Any
 from serve_bench import START_TIMEOUT_S, stop, wait_until_ready
 
 from quire.cluster.policies import POLICIES
+from quire.deploy.load.report import percentile
 from quire.deploy.load.workload import LoadRequest, TraceOptions, trace_file
 
 SCALE, MAX_TOKENS, VOCAB = 16, 2048, 257
@@ -117,8 +118,8 @@ def pooled(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     times = sorted(ms for row in rounds for ms in row["ttft_ms"])
     names = [name for name, value in rounds[0].items() if isinstance(value, float)]
     means = {name: round(sum(row[name] for row in rounds) / len(rounds), 3) for name in names}
-    ttft = {f"ttft_p{p}_ms": times[min(len(times) * p // 100, len(times) - 1)] for p in (50, 99)}
-    each = [sorted(row["ttft_ms"])[len(row["ttft_ms"]) // 2] for row in rounds]
+    ttft = {f"ttft_p{p}_ms": round(percentile(times, p), 1) for p in (50, 99)}
+    each = [round(percentile(row["ttft_ms"], 50), 1) for row in rounds]
     return {"policy": rounds[0]["policy"], **ttft, "ttft_p50_ms_of_rounds": each, **means, "ttft_ms": times}
 
 

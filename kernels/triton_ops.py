@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from . import rms_norm as norm
-from . import rope_write
-from . import silu_mul as activation
 from .attention_tile import Scores
 from .layout import AttentionBatch
 from .paged_decode import paged_decode
 from .paged_prefill import PrefillLaunch, device_work, paged_prefill, prefill_launch
+from .rope_write import rope_and_write_kv
+from .silu_mul import silu_mul
 
 FIXED_NORM = norm.NormLaunch(elements=1, num_warps=4)
 FIXED_ATTENTION = PrefillLaunch(block_m=16, block_n=32, num_warps=4, num_stages=2)
@@ -24,6 +24,9 @@ FIXED_ATTENTION = PrefillLaunch(block_m=16, block_n=32, num_warps=4, num_stages=
 
 class TritonOps:
     """`worker.model.Ops` in Triton. One for a model: it keeps the latest batch's work lists between layers."""
+
+    silu_mul = staticmethod(silu_mul)
+    rope_and_write_kv = staticmethod(rope_and_write_kv)
 
     def __init__(self, deterministic: bool = False) -> None:
         self._norm = FIXED_NORM if deterministic else None
@@ -38,25 +41,6 @@ class TritonOps:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `reference.add_rms_norm`."""
         return norm.add_rms_norm(x, residual, weight, eps, self._norm)
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `reference.silu_mul`."""
-        return activation.silu_mul(gate_up)
-
-    def rope_and_write_kv(
-        self,
-        qkv: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        pages: Tensor,
-        slots: Tensor,
-        num_heads: int,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        """See `reference.rope_and_write_kv`; a slot of -1 is padding."""
-        return rope_write.rope_and_write_kv(qkv, positions, cos_sin, pages, slots, num_heads, q_norm, k_norm, eps)
 
     def paged_attention(self, q: Tensor, pages: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
         """See `reference.paged_attention`; a row of kv_len 0 is padding and becomes zeros."""

@@ -24,7 +24,7 @@ import ray
 from .config import EngineOptions
 from .engine import Engine, build_engine
 from .engine_loop import EngineLoop
-from .logs import LogSetup, start_logging
+from .logs import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the other actors take it from here)
 from .outbox import Outbox
 from .plan import MemoryBytes
 from .protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
@@ -308,9 +308,3 @@ class ReplicaActor:
         time.sleep(LAST_WORDS_S)  # this is the engine's thread, or a watcher's: nothing runs on it any more
         logging.shutdown()
         self._die(1)
-
-
-def start_actor_logging(level: str, format: str = "text", **process: Any) -> None:
-    """Logs of this process to stderr (`logs.start_logging`); stray prints too, because stdout belongs to the ready line."""
-    sys.stdout = sys.stderr
-    start_logging(LogSetup(level, format), **process)

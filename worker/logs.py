@@ -95,3 +95,9 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def start_actor_logging(level: str, format: str = "text", **process: Any) -> None:
+    """Logs of this process to stderr (`start_logging`); stray prints too, because stdout belongs to the ready line."""
+    sys.stdout = sys.stderr
+    start_logging(LogSetup(level, format), **process)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .config import EngineOptions
-from .logs import LogSetup, start_logging
+from .logs import start_actor_logging
 from .plan import MemoryBytes
 from .plan_wire import unpack
 from .watchdog import Watchdog
@@ -53,8 +53,7 @@ class RankActor:
         die: Callable[[int], None] = os._exit,
     ) -> None:
         if log_level is not None:
-            sys.stdout = sys.stderr  # stray prints too: stdout belongs to the ready line
-            start_logging(LogSetup(log_level, log_format), rank=rank)
+            start_actor_logging(log_level, log_format, rank=rank)
         self._rank = rank
         self._size = size
         self._address = address
