@@ -27,7 +27,9 @@ def recovery(root: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["recovery"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "benchmarks")  # where a script finds its neighbours
+        spec.loader.exec_module(module)
     return module
 
 
