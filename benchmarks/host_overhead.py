@@ -13,7 +13,7 @@ import time
 
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
-from quire.worker.engine import Engine
+from quire.worker.engine import Engine, Runner
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
 from quire.worker.protocol import Frame, GenerateRequest, ModelInfo, SamplingParams, pack_frame
@@ -23,7 +23,7 @@ PAGE_SIZE, PROMPT_TOKENS, VOCAB = 32, 512, 50_000
 GOALS_MS = {64: 1.0, 256: 3.0}
 
 
-class NoModel:
+class NoModel(Runner):
     """Answers every sampling row with a token at once."""
 
     def run(self, plan: StepPlan) -> StepResult:

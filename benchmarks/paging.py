@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
-from quire.worker.engine import Engine
+from quire.worker.engine import Engine, Runner
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
 from quire.worker.protocol import GenerateRequest, ModelInfo, SamplingParams
@@ -33,7 +33,7 @@ VOCAB = 50_000
 WASTE_GOAL, CONCURRENCY_GOAL = 0.04, 2.0
 
 
-class NoModel:
+class NoModel(Runner):
     """Answers every sampling row with the same token."""
 
     def run(self, plan: StepPlan) -> StepResult:

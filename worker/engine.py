@@ -15,7 +15,7 @@ from .config import EngineOptions
 from .door import Door
 from .events import Changes, Speeds
 from .page_pool import PagePool
-from .plan import MemoryBytes, StepPlan, StepResult
+from .plan import MemoryBytes, Moved, StepPlan, StepResult
 from .protocol import (
     BadRequest,
     EngineStats,
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """Whatever computes a plan: the model runner, or in tests something quicker."""
+    """Whatever computes a plan: the model runner, or in tests something quicker. One that inherits from this moves no pages."""
 
     def run(self, plan: StepPlan) -> StepResult: ...
 
@@ -48,6 +48,18 @@ class Runner(Protocol):
         """Forget every sequence after a `run` that raised. Raises when there is no way back."""
 
     def memory_bytes(self) -> MemoryBytes: ...
+
+    def poll(self) -> tuple[Moved, ...]:
+        """The moves that have ended on every rank since it was asked last. Never waits."""
+        return ()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever `poll` may have something to tell."""
+        return None
+
+    def addresses(self) -> tuple[str, ...]:
+        """The "host:port" of each rank, in their order, at which other replicas reach it to send pages."""
+        return ()
 
 
 @dataclass(slots=True)
@@ -101,6 +113,7 @@ class Engine:
         self._rate = _Rate(since_s=clock())
         self._speeds = Speeds()
         self.spans: SequenceSpans | None = None  # set where traces are kept
+        self.resting = False  # the latest step found nothing to do: until something comes in, or a move ends, nor will the next
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:
         """Check a request and queue all its sequences; the request in canonical form.
@@ -156,8 +169,10 @@ class Engine:
             Exception: the runner's own, once it is clear that no sequence is to blame, or when the runner cannot start over.
         """
         started_s = self._clock()
+        self.scheduler.moves.ended(self.runner.poll())
         outputs = self.scheduler.expire(started_s)
         plan = self.scheduler.plan()
+        self.resting = plan is None
         if plan is None:
             return self._traced(outputs)
         try:
@@ -167,7 +182,8 @@ class Engine:
         outputs += self.scheduler.apply(result)
         now_s = self._clock()
         self._step_s += now_s - started_s
-        self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
+        if plan.rows:
+            self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
         return self._traced(outputs, plan, now_s - started_s)
 

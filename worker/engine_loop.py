@@ -79,6 +79,7 @@ class EngineLoop:
         self._step_began_s: float | None = None
         self._stopping = False
         self._stats = engine.stats()
+        engine.runner.watch(self._wake.set)
         self._thread = threading.Thread(target=self._run, name=f"engine-{replica_id}", daemon=True)
         self.dead: BaseException | None = None
 
@@ -200,7 +201,7 @@ class EngineLoop:
             while not self._stopping:
                 self._wake.clear()
                 self.turn()
-                if self._engine.idle():
+                if self._engine.resting:
                     self._wake.wait(max(self._heartbeat_s - (self._clock() - self._beat_s), 0.0))
         except BaseException as error:
             log.exception("replica %s: the engine died", self._replica_id)

@@ -2,10 +2,14 @@
 
 A plan is ordered and frozen. Sequences that the runner has not seen travel whole (`NewSequence`), known ones as a
 difference (pages they gained). Token values sampled in a step stay with the runner, so a plan never waits for them.
+
+Pages also travel: to host memory and back, to another replica and from one. Such a move is started by one plan, goes on beside the
+steps that follow, and is settled by a later plan, which is the first that may use what it has brought, or reuse what it has left.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 from .protocol import SamplingParams, TokenLogprob
@@ -31,8 +35,51 @@ class Row(NamedTuple):
     samples: bool
 
 
+class MoveKind(StrEnum):
+    """Where pages go: from the device to host memory, back, to another replica over a link, or from one."""
+
+    OUT = "out"
+    IN = "in"
+    SEND = "send"
+    RECEIVE = "receive"
+
+
+class Move(NamedTuple):
+    """Pages that travel, in this order, beside the steps that follow. Nobody writes into what is read; nobody touches what is written.
+
+    A link is read as it was written: the n-th RECEIVE of a link takes the pages of the n-th SEND at its other end, in their order. It may
+    have room for more pages than come.
+    """
+
+    move: int  # number, unique for the life of the replica
+    kind: MoveKind
+    pages: tuple[int, ...]  # of the device pool
+    host_pages: tuple[int, ...] = ()  # of the host pool, for OUT and IN: as many
+    link: str = ""  # for SEND and RECEIVE
+
+
+class LinkEnd(NamedTuple):
+    """One end of a link, which is to be opened by every rank. The end that sends connects; the other listens (`Runner.addresses`)."""
+
+    link: str
+    peer_tp: int  # ranks at the other end
+    addresses: tuple[str, ...]  # of those ranks, "host:port" in their order, at the end that sends; empty at the end that receives
+
+
+class Moved(NamedTuple):
+    """A move that has ended on every rank: whole, or not, and then nothing that it wrote may be believed."""
+
+    move: int
+    pages: int = 0  # that have travelled
+    seconds: float = 0.0  # from its start, or from the end of what stood before it in its queue, if that was later
+    error: str | None = None
+
+
 class StepPlan(NamedTuple):
-    """One step for every rank. Order of work: forget, copies, new, pages, rows."""
+    """One step for every rank. Order of work: settled, forget, copies, links, moves, closed, new, pages, rows.
+
+    There may be no rows: then it only moves pages.
+    """
 
     step: int
     rows: tuple[Row, ...]
@@ -40,6 +87,10 @@ class StepPlan(NamedTuple):
     pages: tuple[tuple[int, tuple[int, ...]], ...]  # (seq, page ids appended to its block table)
     copies: tuple[tuple[int, int], ...]  # (source page, destination page), before anything is written
     forget: tuple[int, ...]  # sequences that ended or were preempted since the last plan
+    moves: tuple[Move, ...] = ()  # that start, after everything that earlier steps have written
+    settled: tuple[int, ...] = ()  # moves that have ended: from this step on their pages are used, so a rank that is late waits for them
+    links: tuple[LinkEnd, ...] = ()  # to open
+    closed: tuple[str, ...] = ()  # links to close, after what has been started on them
 
 
 class Sampled(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from .plan import NewSequence, Row, StepPlan
+from .plan import LinkEnd, Move, MoveKind, NewSequence, Row, StepPlan
 from .protocol import SamplingParams
 
 
@@ -31,7 +31,8 @@ class Step(NamedTuple):
 def pack_step(plan: StepPlan, sampled: tuple[int, ...]) -> bytes:
     """A step to compute."""
     new = [(*n[:4], [getattr(n.params, name) for name in _PARAMS], n.seed) for n in plan.new]
-    message = [plan.step, plan.rows, new, plan.pages, plan.copies, plan.forget, sampled]
+    moves = [plan.moves, plan.settled, plan.links, plan.closed]
+    message = [plan.step, plan.rows, new, plan.pages, plan.copies, plan.forget, moves, sampled]
     return msgpack.packb(message, use_bin_type=True)  # type: ignore[no-any-return]
 
 
@@ -52,7 +53,8 @@ def unpack(data: bytes) -> Step | None:
         raise BadMessage(f"not msgpack: {error}") from None
     if raw == ():
         return None
-    step, rows, new, pages, copies, forget, sampled = _array("message", raw, 7)
+    step, rows, new, pages, copies, forget, moving, sampled = _array("message", raw, 8)
+    moves, settled, links, closed = _array("moving", moving, 4)
     plan = StepPlan(
         _integer("step", step),
         tuple(map(_row, _array("rows", rows))),
@@ -60,6 +62,10 @@ def unpack(data: bytes) -> Step | None:
         tuple((_integer("pages", seq), _integers("pages", ids)) for seq, ids in (_array("pages", p, 2) for p in _array("pages", pages))),
         tuple((source, target) for source, target in (_integers("copies", c, 2) for c in _array("copies", copies))),
         _integers("forget", forget),
+        tuple(map(_move, _array("moves", moves))),
+        _integers("settled", settled),
+        tuple(map(_link, _array("links", links))),
+        _strings("closed", closed),
     )
     return Step(plan, _integers("sampled", sampled))
 
@@ -76,6 +82,21 @@ def _new(raw: Any) -> NewSequence:
     seq, tokens, prompt_len, pages, params, seed = _array("new", raw, 6)
     _integers("new", (seq, prompt_len, seed))
     return NewSequence(seq, _integers("tokens", tokens), prompt_len, _integers("pages", pages), _params(params), seed)
+
+
+def _move(raw: Any) -> Move:
+    move, kind, pages, host_pages, link = _array("move", raw, 5)
+    if kind not in set(MoveKind):
+        raise BadMessage(f"move: {kind!r} is no kind of move")
+    _integers("move", (move,))
+    _strings("move", (link,))
+    return Move(move, MoveKind(kind), _integers("move", pages), _integers("move", host_pages), link)
+
+
+def _link(raw: Any) -> LinkEnd:
+    link, peer_tp, addresses = _array("link", raw, 3)
+    _strings("link", (link,))
+    return LinkEnd(link, _integer("link", peer_tp), _strings("link", addresses))
 
 
 def _params(raw: Any) -> SamplingParams:
@@ -95,6 +116,12 @@ def _array(name: str, raw: Any, length: int | None = None) -> tuple[Any, ...]:
 def _integers(name: str, raw: Any, length: int | None = None) -> tuple[int, ...]:
     if not set(map(type, _array(name, raw, length))) <= {int}:
         raise BadMessage(f"{name}: not integers")
+    return raw  # type: ignore[no-any-return]
+
+
+def _strings(name: str, raw: Any) -> tuple[str, ...]:
+    if not set(map(type, _array(name, raw))) <= {str}:
+        raise BadMessage(f"{name}: not strings")
     return raw  # type: ignore[no-any-return]
 
 

@@ -57,13 +57,15 @@ class RequestFailed(QuireError):
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings; `DEADLINE` never ran."""
+    """Why a sequence ended. `STOP` covers end-of-sequence, stop token ids and stop strings; `DEADLINE` never ran; `MOVED` ended here
+    only, and goes on at another replica."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
     DEADLINE = "deadline"
+    MOVED = "moved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,9 @@ class SequenceOutput(NamedTuple):
         logprobs: one for each of `tokens`, or None when not asked for.
         prompt_logprobs: one for each prompt token from the second on; with the first output, when asked for.
         error: the message for `FinishReason.ERROR`.
-        attempt: `GenerateRequest.attempt` of the request that it comes from.
+        attempt: `GenerateRequest.attempt` of the request that it comes from; a migration does not change it.
+        peer: (replica id, epoch) of the other replica in a migration: with `MOVED` the one that goes on from `index`; without a finish
+            the one that it came from, in the first output after its arrival, which has no tokens and says at which index the next stands.
     """
 
     request_id: str
@@ -212,6 +216,7 @@ class SequenceOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     attempt: int = 0
+    peer: tuple[str, int] | None = None
 
 
 class EngineStats(NamedTuple):
@@ -334,7 +339,7 @@ def unpack_frame(data: bytes) -> Frame:
 
 
 def _output(raw: tuple[Any, ...]) -> SequenceOutput:
-    request_id, choice, index, tokens, finish, stop_token, cached, logprobs, prompt_logprobs, error, attempt = raw
+    request_id, choice, index, tokens, finish, stop_token, cached, logprobs, prompt_logprobs, error, attempt, peer = raw
     return SequenceOutput(
         request_id,
         choice,
@@ -347,4 +352,5 @@ def _output(raw: tuple[Any, ...]) -> SequenceOutput:
         tuple(TokenLogprob(*lp) for lp in prompt_logprobs) if prompt_logprobs is not None else None,
         error,
         attempt,
+        peer,
     )

@@ -9,6 +9,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from .page_moves import PageMoves
 from .page_pool import PagePool
 from .pressure import Action
 from .protocol import FinishReason, LiveRequest, SequenceOutput
@@ -41,6 +42,7 @@ class Roster:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
+        self.moves = PageMoves(pool)
         self.counters = Counters()
         self.running: list[Sequence] = []  # in scheduling order
         self.waiting: list[Sequence] = []  # in scheduling order
@@ -201,7 +203,7 @@ class Roster:
             PoolCorrupt: pages do not add up.
             RuntimeError: a sequence is in the wrong list, or a list out of order.
         """
-        self.pool.check(s.pages for s in self._sequences.values())
+        self.pool.check([*(s.pages for s in self._sequences.values()), *self.moves.held()])
         for sequences, state in ((self.running, State.RUNNING), (self.waiting, State.WAITING)):
             if any(s.state is not state for s in sequences):
                 raise RuntimeError(f"a sequence that is not {state.name} is listed as such")

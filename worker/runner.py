@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from .engine import Runner
 from .kv_store import KVStore
 from .model import DecoderModel
 from .parallel import GroupBroken, RankGroup
@@ -79,7 +80,7 @@ class _Ranks:
         return [rows[i] for i in at], self._model.logits(last)
 
 
-class ModelRunner(_Ranks):
+class ModelRunner(_Ranks, Runner):
     """Computes plans for one model on one device, and samples.
 
     Args:
@@ -157,7 +158,7 @@ class FollowerRunner(_Ranks):
         self._waiting = [self._table[row.seq] for row in plan.rows if row.samples]
 
 
-class LeaderRunner:
+class LeaderRunner(Runner):
     """The leader's runner: every plan goes to the other ranks first. A step that raised has left them in the middle of it, so it is
     the last one."""
 

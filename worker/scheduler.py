@@ -76,7 +76,7 @@ class Scheduler(Roster):
     # --- planning a step ---
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute."""
+        """The next step, or None when there is nothing to compute and nothing to move."""
         self._planned.clear()
         self._copies.clear()
         self._below = _ANY
@@ -85,7 +85,7 @@ class Scheduler(Roster):
             self._serve_alone(suspect)
         else:
             self._serve_all()
-        return self._step_plan() if self._planned else None
+        return self._step_plan() if self._planned or self.moves.pending() else None
 
     def _serve_all(self) -> None:
         # `running` may change while it is served, hence the copies.
@@ -230,7 +230,8 @@ class Scheduler(Roster):
                 gained.append((s.seq, tuple(s.pages[known:])))
             s.known_pages = have
         forget, self._forget = tuple(self._forget), []
-        return StepPlan(self.counters.steps, tuple(rows), tuple(new), tuple(gained), tuple(self._copies.values()), forget)
+        copies = tuple(self._copies.values())
+        return StepPlan(self.counters.steps, tuple(rows), tuple(new), tuple(gained), copies, forget, *self.moves.take())
 
     # --- taking in what a step produced ---
 
@@ -261,7 +262,8 @@ class Scheduler(Roster):
                 self._release_followers(s)
             if answer is not None:
                 outputs.append(self._take_token(s, answer, prompt_logprobs.get(s.seq)))
-        self.isolation.succeeded(planned)
+        if planned:
+            self.isolation.succeeded(planned)
         return outputs
 
     def fail(self, error: str) -> list[SequenceOutput]:

@@ -17,7 +17,7 @@ from quire.cluster.messages import AdmitRequest
 from quire.cluster.routing import Router
 from quire.worker.config import LimitOptions
 from quire.worker.door import Door
-from quire.worker.engine import Engine
+from quire.worker.engine import Engine, Runner
 from quire.worker.page_hash import prefix_hashes
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
@@ -59,7 +59,7 @@ class Shape:
     max_model_len: int = 16_384
 
 
-class _TimedRunner:
+class _TimedRunner(Runner):
     def __init__(self, clock: VirtualClock, speed: Speed) -> None:
         self._clock, self._speed = clock, speed
 

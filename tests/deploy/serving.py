@@ -23,7 +23,7 @@ from quire.deploy.api.context import Api
 from quire.deploy.api.http_server import server_config
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.door import Door
-from quire.worker.engine import Engine
+from quire.worker.engine import Engine, Runner
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import Sampled, StepPlan, StepResult
@@ -215,7 +215,7 @@ class ServerThread:
 
 
 @dataclass
-class ScriptRunner:
+class ScriptRunner(Runner):
     """A model that always says the same: output token i of every sequence is `script[i % len]`; -1 is a failure."""
 
     script: Sequence[int] = (0,)

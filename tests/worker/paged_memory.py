@@ -5,6 +5,7 @@ early changes the tokens that come out. `expected_output` says what must come ou
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from quire.worker.config import LimitOptions
 from quire.worker.door import Door
 from quire.worker.engine import Engine
 from quire.worker.page_pool import PagePool
-from quire.worker.plan import MemoryBytes, NewSequence, Sampled, StepPlan, StepResult
+from quire.worker.plan import MemoryBytes, Move, Moved, MoveKind, NewSequence, Sampled, StepPlan, StepResult
 from quire.worker.protocol import ModelInfo
 from quire.worker.scheduler import Scheduler
 
 VOCAB = 50
+Page = list[int | None]
 EOS = 0
 
 
@@ -45,10 +47,20 @@ class _Known:
 
 
 class PagedMemory:
-    """Runs plans on the hash model over `pages` pages of `page_size` slots."""
+    """Runs plans on the hash model over `pages` pages of `page_size` slots.
 
-    def __init__(self, pages: int, page_size: int) -> None:
-        self.memory: list[list[int | None]] = [[None] * page_size for _ in range(pages)]
+    Moves read and write at their end, `delay` polls after their start, and until then what IN and RECEIVE write holds garbage: so whoever
+    reuses or reads a page too early gets wrong tokens. `wires` (link -> what has been sent on it and not received) is shared by the
+    memories that send to each other.
+    """
+
+    def __init__(self, pages: int, page_size: int, host_pages: int = 0, wires: dict[str, deque[list[Page]]] | None = None) -> None:
+        self.memory: list[Page] = [[None] * page_size for _ in range(pages)]
+        self.host: list[Page] = [[None] * page_size for _ in range(host_pages)]
+        self.wires = {} if wires is None else wires
+        self.delay = 1
+        self.moving: list[tuple[int, Move]] = []  # (polls that are left, move)
+        self.open_links: set[str] = set()
         self.page_size = page_size
         self.known: dict[int, _Known] = {}
         self.computed_tokens = 0
@@ -59,6 +71,7 @@ class PagedMemory:
             del self.known[seq]
         for source, destination in plan.copies:
             self.memory[destination] = list(self.memory[source])
+        self._start_moves(plan)
         for new in plan.new:
             self._learn(new)
         for seq, pages in plan.pages:
@@ -77,6 +90,52 @@ class PagedMemory:
 
     def memory_bytes(self) -> MemoryBytes:
         return MemoryBytes(weights=3, pool=len(self.memory) * self.page_size)
+
+    def poll(self) -> tuple[Moved, ...]:
+        ended: list[Moved] = []
+        left: list[tuple[int, Move]] = []
+        for polls, move in self.moving:
+            stuck = move.kind is MoveKind.RECEIVE and not self.wires.get(move.link)
+            if move.link and move.link not in self.open_links:
+                ended.append(Moved(move.move, error="the link was closed"))
+            elif polls > 1 or stuck:
+                left.append((max(polls - 1, 1), move))
+            else:
+                ended.append(Moved(move.move, self._end_move(move), 0.001))
+        self.moving = left
+        return tuple(ended)
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Whoever steps this engine polls it."""
+
+    def addresses(self) -> tuple[str, ...]:
+        return ("memory:0",)
+
+    def _start_moves(self, plan: StepPlan) -> None:
+        self.open_links.update(end.link for end in plan.links)
+        for move in plan.moves:
+            if move.kind in (MoveKind.IN, MoveKind.RECEIVE):
+                for page in move.pages:
+                    self.memory[page] = [-1] * self.page_size
+            self.moving.append((self.delay, move))
+        self.open_links.difference_update(plan.closed)
+
+    def _end_move(self, move: Move) -> int:
+        match move.kind:
+            case MoveKind.OUT:
+                for page, host in zip(move.pages, move.host_pages, strict=True):
+                    self.host[host] = list(self.memory[page])
+            case MoveKind.IN:
+                for page, host in zip(move.pages, move.host_pages, strict=True):
+                    self.memory[page] = list(self.host[host])
+            case MoveKind.SEND:
+                self.wires.setdefault(move.link, deque()).append([list(self.memory[page]) for page in move.pages])
+            case MoveKind.RECEIVE:
+                came = self.wires[move.link].popleft()
+                for page, content in zip(move.pages, came, strict=False):
+                    self.memory[page] = content
+                return len(came)
+        return len(move.pages)
 
     def _learn(self, new: NewSequence) -> None:
         if new.seq in self.known:

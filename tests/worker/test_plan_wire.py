@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from quire.worker.plan import NewSequence, Row, StepPlan
+from quire.worker.plan import LinkEnd, Move, MoveKind, NewSequence, Row, StepPlan
 from quire.worker.plan_wire import BadMessage, Step, pack_end, pack_step, unpack
 from quire.worker.protocol import SamplingParams
 
@@ -22,6 +22,10 @@ PLAN = StepPlan(
     pages=((1, (4, 5)), (3, ())),
     copies=((1, 2),),
     forget=(9, 8),
+    moves=(Move(4, MoveKind.OUT, (1, 2), (3, 4)), Move(5, MoveKind.RECEIVE, (6,), (), "a-b")),
+    settled=(2, 3),
+    links=(LinkEnd("a-b", 2, ()), LinkEnd("b-a", 1, ("10.0.0.1:5",))),
+    closed=("c",),
 )
 
 
@@ -30,6 +34,8 @@ def test_a_step_and_the_end_come_back_as_they_were() -> None:
     assert step == Step(PLAN, (3, 4))
     assert type(step.plan.rows[0]) is Row
     assert type(step.plan.new[0]) is NewSequence
+    assert type(step.plan.moves[0]) is Move
+    assert type(step.plan.links[0]) is LinkEnd
     assert unpack(pack_step(StepPlan(0, (), (), (), (), ()), ())) == Step(StepPlan(0, (), (), (), (), ()), ())
     assert unpack(pack_end()) is None
 
@@ -63,8 +69,14 @@ def test_every_parameter_travels_and_none_of_another_type(name: str) -> None:
         lambda m: [*m[:3], [[1]], *m[4:]],
         lambda m: [*m[:3], [[1, 2]], *m[4:]],
         lambda m: [*m[:4], [[1, 2, 3]], *m[5:]],
-        lambda m: [*m[:5], [1.0], m[6]],
-        lambda m: [*m[:6], [None]],
+        lambda m: [*m[:5], [1.0], *m[6:]],
+        lambda m: [*m[:7], [None]],
+        lambda m: [*m[:6], [[], [], []], m[7]],
+        lambda m: [*m[:6], [[[1, "away", [], [], ""]], [], [], []], m[7]],
+        lambda m: [*m[:6], [[[1, "out", ["1"], [2], ""]], [], [], []], m[7]],
+        lambda m: [*m[:6], [[], [None], [], []], m[7]],
+        lambda m: [*m[:6], [[], [], [["a", 1, [2]]], []], m[7]],
+        lambda m: [*m[:6], [[], [], [], [1]], m[7]],
     ],
 )
 def test_what_is_no_message_is_refused(change: Any) -> None:
