@@ -55,7 +55,7 @@ class Runner(Protocol):
 
     def watch(self, wake: Callable[[], None]) -> None:
         """Call `wake`, from any thread, whenever `poll` may have something to tell."""
-        return None
+        return
 
     def addresses(self) -> tuple[str, ...]:
         """The "host:port" of each rank, in their order, at which other replicas reach it to send pages."""
