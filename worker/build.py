@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 CPU_POOL_SHARE, CPU_POOL_BYTES = 0.25, 8 * 2**30  # default pool of a replica on a CPU: a share of what is free, at most so much
 GPU_POOL_SHARE = 0.85  # default pool on a GPU: a share of what the weights left; the rest is for activations
+HOST_SHARE = 0.25  # default host pool beside a GPU: as large as the pool, at most this share of the host memory that is free
 
 
 class Sizes(NamedTuple):
@@ -35,6 +36,8 @@ class Sizes(NamedTuple):
 
     info: ModelInfo
     pages: int
+    host_pages: int
+    page_bytes: int  # on all ranks together
 
 
 class _Rank(NamedTuple):
@@ -45,6 +48,7 @@ class _Rank(NamedTuple):
     model: DecoderModel
     page: PageShape
     pages: int  # that fit here
+    host_pages: int  # that fit into the host memory beside it
 
 
 def build_runner(
@@ -66,7 +70,8 @@ def build_runner(
     info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
     sampler = Sampler(config.eos_token_ids, config.vocab_size)
     runner = ModelRunner(rank.model, _pool(rank, options), sampler, _max_running(options), config.max_model_len)
-    return (runner if group is None else LeaderRunner(runner, group)), Sizes(info, rank.pages)
+    sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp)
+    return (runner if group is None else LeaderRunner(runner, group)), sizes
 
 
 def build_follower(options: EngineOptions, group: RankGroup, progress: Progress | None = None) -> FollowerRunner:
@@ -83,18 +88,19 @@ def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | 
         rank = _load_own(options, progress, group)
     except Exception as error:
         if group is not None:
-            group.exchange(msgpack.packb((0, str(error) or repr(error))))  # the other ranks wait to hear from this one
+            group.exchange(msgpack.packb(((), str(error) or repr(error))))  # the other ranks wait to hear from this one
         raise
-    return rank if group is None else rank._replace(pages=_agreed(rank.pages, group))
+    return rank if group is None else _agreed(rank, group)
 
 
-def _agreed(pages: int, group: RankGroup) -> int:
-    """Pages of every rank's pool: an id means the same page on all of them, so the rank that can hold least says how many."""
-    said = [msgpack.unpackb(answer) for answer in group.exchange(msgpack.packb((pages, "")))]
+def _agreed(mine: _Rank, group: RankGroup) -> _Rank:
+    """Pages of every rank's pools: an id means the same page on all of them, so the rank that can hold least says how many."""
+    said = [msgpack.unpackb(answer) for answer in group.exchange(msgpack.packb(((mine.pages, mine.host_pages), "")))]
     for rank, (_, error) in enumerate(said):
         if error:
             raise ValueError(f"rank {rank}: {error}")
-    return min(int(count) for count, _ in said)
+    pages, host_pages = (min(map(int, counts)) for counts in zip(*(counts for counts, _ in said), strict=True))
+    return mine._replace(pages=pages, host_pages=host_pages)
 
 
 def _load_own(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
@@ -114,7 +120,8 @@ def _load_own(options: EngineOptions, progress: Progress | None, group: RankGrou
     checkpoint.close()
     page = PageShape(shard.num_kv_heads, config.num_layers, options.cache.page_size, config.head_dim, dtype)
     most = _max_running(options) * -(-config.max_model_len // page.page_size)
-    return _Rank(config, checkpoint.path, model, page, _num_pages(options, page.page_bytes, device, most))
+    pages = _num_pages(options, page.page_bytes, device, most)
+    return _Rank(config, checkpoint.path, model, page, pages, _num_host_pages(options, pages, page.page_bytes, device))
 
 
 def _pool(rank: _Rank, options: EngineOptions) -> KVStore:
@@ -144,3 +151,13 @@ def _num_pages(options: EngineOptions, page_bytes: int, device: torch.device, mo
     if pool_bytes < page_bytes:
         raise ValueError(f"kv_memory: {pool_bytes} bytes hold no page; one page of {cache.page_size} tokens takes {page_bytes} bytes")
     return min(pool_bytes // page_bytes, most)
+
+
+def _num_host_pages(options: EngineOptions, pages: int, page_bytes: int, device: torch.device) -> int:
+    """Pages of this rank's host pool: its share of the bytes told, else on a GPU as many as the pool has, if that much is free."""
+    told, ranks = options.cache.host_memory, options.parallel.tp
+    if told is not None:
+        if 0 < told < page_bytes * ranks:
+            raise ValueError(f"host_memory: {told} bytes hold no page; one page takes {page_bytes * ranks} bytes; 0 means none")
+        return told // ranks // page_bytes
+    return min(pages, int(free_bytes() * HOST_SHARE) // ranks // page_bytes) if device.type == "cuda" else 0

@@ -52,6 +52,17 @@ class CacheOptions:
     kv_pages: int | None = option(None, "pages in the pool; overrides --kv-memory")
     kv_memory: int | None = option(None, "bytes for the pool (4GiB, 512MB, ...); default: a share of what is free", kind="bytes")
     prefix_cache: bool = option(True, "keep computed pages findable until their memory is needed")
+    host_memory: int | None = option(
+        None,
+        "bytes of host memory for pages that leave the pool: swapped sequences and evicted prefixes; 0: none; default: on a GPU as much "
+        "as the pool, at most a quarter of what is free; on a CPU none, since there the pool is host memory itself",
+        kind="bytes",
+    )
+    preemption: str = option(
+        "decide",
+        "what is done with a sequence when pages run out; decide: the cheapest, by costs measured as it runs; else always that one",
+        choices=("decide", "recompute", "swap", "migrate"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,8 @@ def test_the_rank_that_can_hold_least_says_how_many_pages(tmp_path: Path, monkey
     random_model(MODELS["llama"]).save_pretrained(tmp_path)
     fits = iter((50, 40, 60, 70))
     monkeypatch.setattr("quire.worker.build._num_pages", lambda *args: next(fits))
+    beside = iter((9, 8, 7, 10))
+    monkeypatch.setattr("quire.worker.build._num_host_pages", lambda *args: next(beside))
     with ranks(tiny_options(tmp_path, 4)) as four:
         assert four.engine.info.pool_tokens == 40 * 4
         assert len({m.pool for m in four.memory()}) == 1

@@ -1,0 +1,37 @@
+"""How large pools become, when they are told in bytes and when they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quire.worker import build
+from quire.worker.config import CacheOptions, EngineOptions, ParallelOptions
+
+PAGE_BYTES = 1000
+
+
+def host_pages(told: int | None, device: str, tp: int = 1, pages: int = 50) -> int:
+    options = EngineOptions(cache=CacheOptions(host_memory=told), parallel=ParallelOptions(tp=tp))
+    return build._num_host_pages(options, pages, PAGE_BYTES, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("told", "device", "tp", "pages"),
+    [
+        (None, "cpu", 1, 0),  # the pool is host memory itself
+        (0, "cuda", 1, 0),
+        (9999, "cpu", 1, 9),
+        (9999, "cuda", 4, 2),  # each rank holds its part of every page
+        (None, "cuda", 1, 50),  # as many as the pool
+        (None, "cuda", 10, 20),  # but not more than a quarter of 800,000 bytes for all ranks together
+    ],
+)
+def test_the_host_pool_is_what_is_told_or_what_fits(told, device, tp, pages, monkeypatch) -> None:
+    monkeypatch.setattr(build, "free_bytes", lambda: 800_000)
+    assert host_pages(told, device, tp) == pages
+
+
+def test_a_host_pool_without_a_page_is_refused() -> None:
+    with pytest.raises(ValueError, match="host_memory: 1999 bytes hold no page; one page takes 2000 bytes"):
+        host_pages(1999, "cpu", tp=2)
