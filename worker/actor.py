@@ -25,6 +25,7 @@ from .config import EngineOptions
 from .engine import Engine, build_engine
 from .engine_loop import EngineLoop
 from .logs import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the other actors take it from here)
+from .migration_wire import Peer
 from .outbox import Outbox
 from .plan import MemoryBytes
 from .protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
@@ -41,6 +42,7 @@ CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256}
 FRAME_TIMEOUT_S = 600.0  # heartbeats come twice a second between steps; no single step may last longer
 SUBMIT_TIMEOUT_S = 60.0
 LOOK_TIMEOUT_S = 60.0  # for what the engine's thread must answer itself, which it does between two steps
+MIGRATION_TIMEOUT_S = 600.0  # above all that the migration itself waits for
 SWITCH_S = 5e-4  # the engine's thread asks for the interpreter between kernels; Python's 5 ms would be a fifth of a step
 LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in this time hears why
 
@@ -201,6 +203,25 @@ class ReplicaActor:
             ReplicaLost: as `events`.
         """
         return await self._look(self._ready_loop().page_map())
+
+    @ray.method(concurrency_group="control")
+    async def migrate(self, request_id: str, actor: str, replica_id: str, epoch: int, fill: bool = False) -> tuple[Any, ...]:
+        """Moves a request to the replica `replica_id` in `epoch`, whose actor is called `actor`; with `fill` copies its pages there.
+
+        Answers when it is over, within MIGRATION_TIMEOUT_S, with the fields of `MigrationResult`.
+
+        Raises:
+            ReplicaLost: this replica is not ready, or died meanwhile.
+        """
+        answer = self._ready_loop().migrate(request_id, Peer(actor, replica_id, epoch), fill)
+        result = await asyncio.wait_for(asyncio.wrap_future(answer), MIGRATION_TIMEOUT_S)
+        return tuple(result)
+
+    @ray.method(concurrency_group="control")
+    async def migration(self, data: bytes) -> None:
+        """A message of another replica (`migration_wire`). Answers come as messages of their own."""
+        if self._loop is not None:
+            self._loop.heard(data)
 
     @ray.method(concurrency_group="control")
     async def renew(self, connection: str) -> bool:

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from .engine import Engine
+from .migration_wire import MigrationResult, Outcome, Peer
 from .protocol import (
     BadRequest,
     EngineStats,
@@ -43,6 +44,14 @@ class _Subscriber:
         self.requests: dict[str, int] = {}  # request id -> sequences still alive
 
 
+class Mail(NamedTuple):
+    """How this replica is reached by others, and reaches them: `send` gives a message to the replica whose actor has that name, on the
+    engine thread, without waiting; it may be lost."""
+
+    address: str
+    send: Callable[[str, bytes], None]
+
+
 class EngineLoop:
     """Runs an engine on a thread of its own.
 
@@ -52,6 +61,7 @@ class EngineLoop:
         heartbeat_s: at least this often every ingress gets a frame with stats, also when idle.
         on_death: called on the engine thread, with the exception, when a step raised; nothing runs after it.
         clock: seconds, monotonic.
+        mail: to other replicas; without it nothing migrates.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class EngineLoop:
         heartbeat_s: float = 0.5,
         on_death: Callable[[BaseException], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        mail: Mail | None = None,
     ) -> None:
         self._engine = engine
         self._replica_id = replica_id
@@ -148,6 +159,19 @@ class EngineLoop:
     def page_map(self) -> Future[bytes]:
         """The state of every page (`PagePool.page_map`)."""
         return self._ask(self._engine.scheduler.pool.page_map)
+
+    def migrate(self, request_id: str, to: Peer, fill: bool = False) -> Future[MigrationResult]:
+        """Move a request to another replica, with its pages, while it goes on; with `fill` copy the pages of its prompt there instead.
+
+        Answered when it is over, with whatever came of it; with ReplicaLost when this replica is gone.
+        """
+        return self._ask(lambda: MigrationResult(Outcome.REFUSED, reason="migration is not there yet"))
+
+    def heard(self, data: bytes) -> None:
+        """A message from another replica's `Mail.send`."""
+
+    def peer_lost(self, actor: str) -> None:
+        """The actor of that name is dead for good."""
 
     def step_s(self) -> float:
         """Seconds that the step has taken so far that is being computed now; 0.0 when none is."""
