@@ -82,7 +82,7 @@ def serve(requests: list[tuple[int, int]], pool_tokens: int, page_size: int, lon
             usage.allocated_slots.append(sum(len(s.pages) for s in scheduler.running) * page_size)
             usage.used_slots.append(sum(s.num_computed for s in scheduler.running))
         bar.update(bar.total - bar.n)
-    return usage._replace(preemptions=sum(scheduler.counters.preemptions.values()))
+    return usage._replace(preemptions=sum(scheduler.decisions.counts.values()))
 
 
 def draw(paged: Usage, contiguous: Usage, pool_tokens: int, path: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .config import EngineOptions
 from .door import Door
-from .events import Changes, Speeds
+from .events import Changes
 from .page_pool import PagePool
 from .plan import MemoryBytes, Moved, StepPlan, StepResult
 from .protocol import (
@@ -111,7 +111,6 @@ class Engine:
         self._step_s = 0.0
         self._clock = clock
         self._rate = _Rate(since_s=clock())
-        self._speeds = Speeds()
         self.spans: SequenceSpans | None = None  # set where traces are kept
         self.resting = False  # the latest step found nothing to do: until something comes in, or a move ends, nor will the next
 
@@ -153,7 +152,8 @@ class Engine:
 
     def room(self) -> int:
         """Sequences that may be submitted now: free places in the queue and among those that run."""
-        return self._max_waiting - self.scheduler.num_waiting + self.scheduler.max_running - len(self.scheduler.running)
+        scheduler = self.scheduler
+        return self._max_waiting - scheduler.num_waiting + scheduler.max_running - len(scheduler.running) - len(scheduler.arriving)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""
@@ -183,7 +183,8 @@ class Engine:
         now_s = self._clock()
         self._step_s += now_s - started_s
         if plan.rows:
-            self._speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
+            self.scheduler.speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
+        self.scheduler.took(plan, now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
         return self._traced(outputs, plan, now_s - started_s)
 
@@ -212,7 +213,7 @@ class Engine:
         c, pages = self.scheduler.counters, self.scheduler.pool.counts()
         return EngineStats(
             steps=c.steps,
-            running=len(self.scheduler.running),
+            running=len(self.scheduler.running) + len(self.scheduler.arriving),
             waiting=self.scheduler.num_waiting,
             pages_total=pages.total,
             pages_free=pages.free,
@@ -224,26 +225,26 @@ class Engine:
             prefix_query_tokens=c.prefix_query_tokens,
             prefix_hit_tokens=c.prefix_hit_tokens,
             recomputed_tokens=c.recomputed_tokens,
-            preemptions=dict(c.preemptions),
+            preemptions=dict(self.scheduler.decisions.counts),
             step_seconds=self._step_s,
         )
 
     def load(self) -> ReplicaLoad:
         """What routing goes by."""
-        scheduler, pages = self.scheduler, self.scheduler.pool.counts()
+        scheduler, pages, host = self.scheduler, self.scheduler.pool.counts(), self.scheduler.host.pages.counts()
         return ReplicaLoad(
-            running=len(scheduler.running),
+            running=len(scheduler.running) + len(scheduler.arriving),
             waiting=scheduler.num_waiting,
             pages_total=pages.total,
             pages_free=pages.free,
             pages_cached=pages.cached,
             pages_active=pages.active,
             pages_reserved=pages.reserved,
-            pages_host=0,
+            pages_host=host.active + host.cached,
             pending_tokens=scheduler.pending_tokens(),
             lowest_priority=scheduler.running[-1].priority if scheduler.running else -(2**31),
-            prefill_tokens_per_s=self._speeds.prefill_tokens_per_s,
-            decode_step_s=self._speeds.decode_step_s,
+            prefill_tokens_per_s=scheduler.speeds.prefill_tokens_per_s,
+            decode_step_s=scheduler.speeds.decode_step_s,
             steps=scheduler.counters.steps,
         )
 
@@ -346,7 +347,7 @@ def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | N
         tp=options.parallel.tp,
     )
     return Engine(
-        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, info.eos_token_ids),
+        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, info.eos_token_ids, sizes.host_pages, options.cache.preemption),
         runner,
         Door.of(info, options.limits),
         info,

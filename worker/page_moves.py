@@ -9,13 +9,16 @@ any more.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .page_pool import PagePool
 from .plan import LinkEnd, Move, Moved, MoveKind
 
 READS = (MoveKind.OUT, MoveKind.SEND)
+DECAY = 0.9  # of what earlier moves weigh, with each move
 
 
 class MovePlan(NamedTuple):
@@ -25,6 +28,14 @@ class MovePlan(NamedTuple):
     settled: tuple[int, ...]
     links: tuple[LinkEnd, ...]
     closed: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Speed:
+    """Pages and seconds of the moves of one kind, decayed sums."""
+
+    pages: float = 0.0
+    seconds: float = 0.0
 
 
 class PageMoves:
@@ -38,6 +49,8 @@ class PageMoves:
         self._settled: list[int] = []
         self._links: list[LinkEnd] = []
         self._closed: list[str] = []
+        self._speeds = {kind: _Speed() for kind in MoveKind}
+        self.moved_pages = dict.fromkeys(MoveKind, 0)  # in all
 
     def start(
         self, kind: MoveKind, pages: Sequence[int], done: Callable[[Moved], None], host_pages: Sequence[int] = (), link: str = ""
@@ -64,6 +77,8 @@ class PageMoves:
         for moved in some:
             move, done = self._under_way.pop(moved.move)
             self._settled.append(moved.move)
+            if moved.error is None:
+                self._count(move.kind, moved)
             done(moved)
             if move.kind in READS:
                 self._pool.release(move.pages)
@@ -75,6 +90,26 @@ class PageMoves:
     def under_way(self) -> bool:
         """Whether a move has started and not ended."""
         return bool(self._under_way)
+
+    def _count(self, kind: MoveKind, moved: Moved) -> None:
+        self.moved_pages[kind] += moved.pages
+        speed = self._speeds[kind]
+        speed.pages = DECAY * speed.pages + moved.pages
+        speed.seconds = DECAY * speed.seconds + moved.seconds
+
+    def pages_per_s(self, kind: MoveKind) -> float:
+        """How fast moves of a kind are; 0.0 until one has ended."""
+        speed = self._speeds[kind]
+        return speed.pages / speed.seconds if speed.seconds else 0.0
+
+    def queued(self, kind: MoveKind) -> int:
+        """Pages of the moves of a kind that have not ended."""
+        return sum(len(move.pages) for move, _ in self._under_way.values() if move.kind is kind)
+
+    def leaving(self) -> int:
+        """Pages that nobody but moves holds: they will be free when these have ended."""
+        held = Counter(page for pages in self.held() for page in pages)
+        return sum(self._pool.references[page] == count for page, count in held.items())
 
     def take(self) -> MovePlan:
         """What the plan that is being made says of moves; told once."""

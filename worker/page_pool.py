@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from .events import EventLog
@@ -39,8 +40,8 @@ class PoolCorrupt(RuntimeError):
     """The pool's books do not add up: a bug, never a state to go on from."""
 
 
-class _Entry(NamedTuple):
-    """What an indexed page holds."""
+class Content(NamedTuple):
+    """What a full page holds."""
 
     hash: bytes
     parent: bytes
@@ -67,12 +68,12 @@ class PagePool:
         key: secret of the hash; replicas that exchange pages share it.
         prefix_cache: False keeps nothing findable.
 
-    `events` hears of every page that becomes findable, or no longer is.
+    `events` hears of every content that becomes findable, or no longer is; what lies in another tier beside this pool is findable too.
     """
 
     def __init__(self, total: int, page_size: int, key: bytes = b"", prefix_cache: bool = True) -> None:
-        if total < 1 or page_size < 1:
-            raise ValueError(f"a pool needs at least one page of at least one token, not {total} of {page_size}")
+        if total < 0 or page_size < 1:
+            raise ValueError(f"a pool has pages of at least one token, not {total} of {page_size}")
         self.total = total
         self.page_size = page_size
         self.references = [0] * total
@@ -83,7 +84,14 @@ class PagePool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest release first
         self._reserved: set[int] = set()
         self._index: dict[bytes, int] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Content] = {}
+        self._beside: PagePool | None = None
+
+    def tier(self, total: int) -> PagePool:
+        """An empty pool of `total` pages in other memory, for the same contents: what either of the two holds is findable, once."""
+        other = PagePool(total, self.page_size, self._key, self._prefix_cache)
+        other.events, other._beside, self._beside = self.events, self, other
+        return other
 
     # --- how much there is ---
 
@@ -137,10 +145,26 @@ class PagePool:
         if self._free:
             return self._free.pop()
         page, _ = self._cached.popitem(last=False)
+        self._unindex(page)
+        return page
+
+    def oldest_cached(self, count: int) -> list[int]:
+        """The cached pages that would be reused first."""
+        return list(islice(self._cached, count))
+
+    def drop(self, page: int) -> None:
+        """Let nobody find the content of `page` any more; when it is cached, it becomes free."""
+        if page in self._entries:
+            self._unindex(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
+
+    def _unindex(self, page: int) -> None:
         digest = self._entries.pop(page).hash
         del self._index[digest]
-        self.events.removed(digest)
-        return page
+        if self._beside is None or digest not in self._beside._index:
+            self.events.removed(digest)
 
     # --- pages in transit ---
 
@@ -188,8 +212,8 @@ class PagePool:
         for start in range(0, limit * size, size):
             content = token_bytes(tokens[start : start + size])
             digest = page_hash(self._key, parent, content)
-            page = self._index.get(digest)
-            if page is None or self._entries[page] != (digest, parent, content):
+            page = self.holder(Content(digest, parent, content))
+            if page is None:
                 break
             pages.append(page)
             hashes.append(digest)
@@ -200,17 +224,32 @@ class PagePool:
         """Make the full, computed, active `page` findable; returns its hash. The first page with a content is the one indexed."""
         content = token_bytes(tokens)
         digest = page_hash(self._key, parent, content)
-        if self._prefix_cache and digest not in self._index and page not in self._entries:
-            if self.references[page] < 1:
-                raise PoolCorrupt(f"page {page} is not active and cannot be indexed")
-            self._index[digest] = page
-            self._entries[page] = _Entry(digest, parent, content)
-            self.events.stored(digest)
+        self.index(page, Content(digest, parent, content))
         return digest
 
+    def index(self, page: int, content: Content) -> None:
+        """`register`, where the hash is known."""
+        if not self._prefix_cache or content.hash in self._index or page in self._entries:
+            return
+        if self.references[page] < 1:
+            raise PoolCorrupt(f"page {page} is not active and cannot be indexed")
+        self._index[content.hash] = page
+        self._entries[page] = content
+        if self._beside is None or content.hash not in self._beside._index:
+            self.events.stored(content.hash)
+
+    def holder(self, content: Content) -> int | None:
+        """The page of this pool that is found to hold `content`."""
+        page = self._index.get(content.hash)
+        return page if page is not None and self._entries[page] == content else None
+
+    def content(self, page: int) -> Content:
+        """What a findable page holds."""
+        return self._entries[page]
+
     def findable(self) -> tuple[bytes, ...]:
-        """The hash of every page that can be found."""
-        return tuple(self._index)
+        """The hash of every content that can be found, here or in the tier beside."""
+        return tuple(self._index if self._beside is None else self._index | self._beside._index)
 
     def cached_among(self, pages: Iterable[int]) -> int:
         """How many of `pages` are cached, that is, count as available until they are retained."""

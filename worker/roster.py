@@ -1,17 +1,18 @@
 """The sequences that live: in which list each is, what it holds, and how it ends. Pure.
 
-add -> waiting <-> running -> ended            add -> following (its leader's prompt) -> waiting
+add -> waiting <-> running -> ended            add -> following (its leader's prompt) -> waiting -> arriving -> running
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
+from .decisions import Decisions
+from .host_tier import HostTier
 from .page_moves import PageMoves
 from .page_pool import PagePool
-from .pressure import Action
 from .protocol import FinishReason, LiveRequest, SequenceOutput
 from .sequence import Request, Sequence, State
 
@@ -30,7 +31,7 @@ class Counters:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     recomputed_tokens: int = 0
-    preemptions: dict[str, int] = field(default_factory=lambda: {action.value: 0 for action in Action})
+    stall_s: float = 0.0  # that sequences which had begun stood still, each for itself
 
 
 class Roster:
@@ -38,13 +39,17 @@ class Roster:
 
     Args:
         pool: the pages that sequences hold.
+        host_pages: pages of host memory beside it.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, host_pages: int = 0) -> None:
         self.pool = pool
         self.moves = PageMoves(pool)
+        self.host = HostTier(host_pages, pool, self.moves)
         self.counters = Counters()
+        self.decisions = Decisions()
         self.running: list[Sequence] = []  # in scheduling order
+        self.arriving: list[Sequence] = []
         self.waiting: list[Sequence] = []  # in scheduling order
         self._sequences: dict[int, Sequence] = {}
         self._requests: dict[str, Request] = {}
@@ -98,8 +103,8 @@ class Roster:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no place in a step yet, followers included."""
-        return len(self._sequences) - len(self.running)
+        """Sequences that hold no place yet, followers included."""
+        return len(self._sequences) - len(self.running) - len(self.arriving)
 
     def idle(self) -> bool:
         """No sequence is alive."""
@@ -107,6 +112,7 @@ class Roster:
 
     def _end(self, s: Sequence, reason: FinishReason, error: str | None = None) -> SequenceOutput:
         self._leave(s)
+        self._drop_kept(s)
         s.state = State.FINISHED
         del self._sequences[s.seq]
         request = self._requests[s.request_id]
@@ -123,18 +129,23 @@ class Roster:
     def _start(self, s: Sequence, pages: list[int], hashes: list[bytes], computed: int) -> None:
         """`s` runs from now on, from `pages` that hold its first `computed` tokens."""
         self.pool.retain(pages)
+        self._take_place(s, State.RUNNING, self.running)
+        self._go_on(s, pages, hashes, computed)
+
+    def _take_place(self, s: Sequence, state: State, among: list[Sequence]) -> None:
         self.waiting.remove(s)
-        insort(self.running, s, key=_ORDER)
-        s.state = State.RUNNING
-        s.pages, s.hashes, s.num_computed = list(pages), list(hashes), computed
+        insort(among, s, key=_ORDER)
+        s.state = state
         self._expiring.pop(s.request_id, None)
+
+    def _go_on(self, s: Sequence, pages: list[int], hashes: list[bytes], computed: int) -> None:
+        s.pages, s.hashes, s.num_computed = list(pages), list(hashes), computed
         if s.cached_tokens is None:
             s.cached_tokens = computed
             self.counters.prefix_query_tokens += s.prompt_len
             self.counters.prefix_hit_tokens += computed
 
-    def _preempt(self, s: Sequence, action: Action) -> None:
-        self.counters.preemptions[action.value] += 1
+    def _preempt(self, s: Sequence) -> None:
         self._leave(s)
         s.recompute_until = max(s.recompute_until, s.num_computed)
         s.num_computed = 0
@@ -147,7 +158,10 @@ class Roster:
         if s.state is State.FOLLOWING and s.leader is not None:
             s.leader.followers.remove(s)
         else:
-            (self.running if s.state is State.RUNNING else self.waiting).remove(s)
+            {State.RUNNING: self.running, State.ARRIVING: self.arriving}.get(s.state, self.waiting).remove(s)
+        if s.arrival is not None:
+            self.pool.release(s.arrival.shared())
+            s.arrival = None
         if s.pages:
             self.pool.release(s.pages)
             s.pages.clear()
@@ -157,6 +171,11 @@ class Roster:
             s.known_pages = 0
         self._planned.pop(s, None)
         self._copies.pop(s, None)
+
+    def _drop_kept(self, s: Sequence) -> None:
+        if s.kept is not None:
+            self.host.release(s.kept.pages)
+            s.kept = None
 
     def _release_followers(self, s: Sequence) -> None:
         for follower in s.followers:
@@ -173,11 +192,11 @@ class Roster:
                 r.request_id,
                 r.tenant,
                 r.priority,
-                "running" if any(s.state is State.RUNNING for s in r.sequences.values()) else "waiting",
+                "running" if any(s.state in (State.RUNNING, State.ARRIVING) for s in r.sequences.values()) else "waiting",
                 len(r.sequences),
                 r.prompt_tokens,
                 r.output_tokens,
-                sum(len(s.pages) for s in r.sequences.values()),
+                sum(len(s.table) for s in r.sequences.values()),
             )
             for r in self._requests.values()
         ]
@@ -191,7 +210,7 @@ class Roster:
 
     def pending_tokens(self) -> int:
         """Tokens to compute before every sequence is one token from its next output; those of followers are their leaders'."""
-        to_go = (len(s.tokens) - s.num_computed for some in (self.running, self.waiting) for s in some)
+        to_go = (len(s.tokens) - _will_have(s) for some in (self.running, self.arriving, self.waiting) for s in some)
         return sum(count for count in to_go if count > 1)
 
     # --- the books ---
@@ -203,14 +222,22 @@ class Roster:
             PoolCorrupt: pages do not add up.
             RuntimeError: a sequence is in the wrong list, or a list out of order.
         """
-        self.pool.check([*(s.pages for s in self._sequences.values()), *self.moves.held()])
-        for sequences, state in ((self.running, State.RUNNING), (self.waiting, State.WAITING)):
-            if any(s.state is not state for s in sequences):
+        sequences = self._sequences.values()
+        arrivals = [s.arrival for s in sequences if s.arrival is not None]
+        self.pool.check([*(s.pages for s in sequences), *(arrival.shared() for arrival in arrivals), *self.moves.held()])
+        self.host.pages.check([*(s.kept.pages for s in sequences if s.kept is not None), *self.host.held()])
+        for some, state in ((self.running, State.RUNNING), (self.arriving, State.ARRIVING), (self.waiting, State.WAITING)):
+            if any(s.state is not state for s in some):
                 raise RuntimeError(f"a sequence that is not {state.name} is listed as such")
-            if [s.order for s in sequences] != sorted(s.order for s in sequences):
+            if [s.order for s in some] != sorted(s.order for s in some):
                 raise RuntimeError(f"the {state.name} list is out of order")
-        following = sum(s.state is State.FOLLOWING for s in self._sequences.values())
-        if len(self.running) + len(self.waiting) + following != len(self._sequences):
+        following = sum(s.state is State.FOLLOWING for s in sequences)
+        if len(self.running) + len(self.arriving) + len(self.waiting) + following != len(sequences):
             raise RuntimeError("a sequence is in no list, or in two")
-        if any(s.pages for s in self.waiting):
-            raise RuntimeError("a waiting sequence holds pages")
+        if any(s.pages for s in (*self.waiting, *self.arriving)):
+            raise RuntimeError("a sequence that does not run has pages to run on")
+
+
+def _will_have(s: Sequence) -> int:
+    """Tokens of `s` that need not be computed."""
+    return s.arrival.computed if s.arrival is not None else s.kept.computed if s.kept is not None else s.num_computed

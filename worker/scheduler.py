@@ -8,11 +8,12 @@ Every running sequence has `num_tokens - num_computed >= 1` tokens to go. One st
     1. sequences with one token to go (decode), in scheduling order: a long prompt never stalls their streams
     2. sequences with more to go (prefill chunks), in scheduling order
     3. waiting sequences, in scheduling order, each only if the pool holds all its known tokens beside what 1 and 2 still need;
-       those of a higher priority than a chunk of 2 come before it
+       those of a higher priority than a chunk of 2 come before it. Whose pages lie in host memory takes its place and waits for them
 
 Scheduling order is priority, then arrival. When 1 or 2 find no page, or the head of those that wait finds no place or no pages,
-`pressure` names who gives way: from the end of the order, even if already planned in this step; for one that waits, only what has
-a strictly lower priority. The head of the order is therefore never starved.
+`pressure` says who gives way and how, even if already planned in this step; for one that waits, only what has a strictly lower
+priority. The first in the order never gives way, and is therefore never starved. Pages that are leaving are waited for: they come
+back when their move has ended, and until then whoever needs them misses steps, and nobody is admitted behind it.
 
 After a step that raised, `Isolation` names sequences that are computed alone until the one to blame is found; the others wait.
 """
@@ -20,16 +21,18 @@ After a step that raised, `Isolation` names sequences that are computed alone un
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from .candidates import candidate, candidates, shortage
+from .decisions import Record
 from .isolation import Isolation
 from .page_pool import PagePool
 from .plan import NewSequence, Row, Sampled, StepPlan, StepResult
-from .pressure import Action, Decision, make_way, relieve
+from .pressure import DECIDE, Action, Decision, Reason, give_way, make_way, relieve
 from .protocol import FinishReason, SequenceOutput, TokenLogprob
-from .roster import Roster
 from .sequence import Sequence, State
+from .swapping import Swapping
 
 _ANY = 2**31  # above every priority
 
@@ -53,7 +56,7 @@ class _Room:
         return self.places > 0 and self.tokens > 0 and self.pages - self.growing // 4 >= pages
 
 
-class Scheduler(Roster):
+class Scheduler(Swapping):
     """Continuous batching over one page pool.
 
     Args:
@@ -61,16 +64,30 @@ class Scheduler(Roster):
         max_batch_tokens: tokens computed in one step.
         max_running: sequences that run at once; at most `max_batch_tokens`, so that every decode fits in a step.
         eos_token_ids: tokens that end a sequence unless it ignores them.
+        host_pages: pages of host memory.
+        preemption: `pressure.DECIDE`, or the action that is always taken.
     """
 
-    def __init__(self, pool: PagePool, max_batch_tokens: int, max_running: int, eos_token_ids: Iterable[int] = ()) -> None:
-        super().__init__(pool)
+    def __init__(
+        self,
+        pool: PagePool,
+        max_batch_tokens: int,
+        max_running: int,
+        eos_token_ids: Iterable[int] = (),
+        host_pages: int = 0,
+        preemption: str = DECIDE,
+    ) -> None:
+        super().__init__(pool, host_pages)
         if not 1 <= max_running <= max_batch_tokens:
             raise ValueError(f"max_running must be in [1, max_batch_tokens = {max_batch_tokens}], not {max_running}")
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.preemption = preemption
+        self._pages_per_step = pool.pages_for(max_batch_tokens)
         self.isolation = Isolation()
+        self._recomputed: list[tuple[Record, int]] = []  # tokens of this step that a decision has made it compute again
+        self._waits: list[Record] = []  # in this step
         self._below = _ANY  # who waits is admitted only with a priority below: that of the first who gave way in this step
 
     # --- planning a step ---
@@ -79,12 +96,14 @@ class Scheduler(Roster):
         """The next step, or None when there is nothing to compute and nothing to move."""
         self._planned.clear()
         self._copies.clear()
+        self._waits.clear()
         self._below = _ANY
         suspect = self.isolation.suspect()
         if suspect is not None:
             self._serve_alone(suspect)
         else:
             self._serve_all()
+        self.host.evict_ahead(2 * self._pages_per_step, self._pages_per_step)
         return self._step_plan() if self._planned or self.moves.pending() else None
 
     def _serve_all(self) -> None:
@@ -108,37 +127,51 @@ class Scheduler(Roster):
             count = min(count, self._budget())
             if count < 1:
                 return
-        while not self._hold_pages(s, s.num_computed + count):
-            decision = relieve(self.running)
-            self._give_way(decision)
-            if decision.victim is s:
+        while lacking := self._hold_pages(s, s.num_computed + count):
+            victim, decision = relieve(shortage(self, s, lacking), candidates(self), self.costs(), self.preemption)
+            if victim is None:
+                self._below = min(self._below, s.priority)
+                self._waits.append(self.decisions.add(self.counters.steps, s, decision))
+                return
+            self._give_way(victim, decision)
+            if victim is s:
                 return
         self._planned[s] = (s.num_computed, count)
 
     def _serve_alone(self, s: Sequence) -> None:
-        """Plan the next tokens of one sequence and no other; whatever the door let in fits alone."""
+        """Plan the next tokens of one sequence and no other; whatever the door let in fits alone, once no move holds pages."""
         if s.state is State.WAITING:
-            self._start(s, *self._shareable(s))
+            self._drop_kept(s)
+            origin = self._origin(s).on_device(self.pool.page_size)
+            self._start(s, origin.shared(), origin.hashes, origin.computed)
+        if s.state is not State.RUNNING:
+            return
         count = min(len(s.tokens) - s.num_computed, self.max_batch_tokens)
-        while not self._hold_pages(s, s.num_computed + count):
-            self._give_way(relieve([other for other in self.running if other is not s]))
+        while self._hold_pages(s, s.num_computed + count):
+            others = [other for other in self.running if other is not s]
+            if not others:
+                return
+            self._give_way(others[-1], Decision(Action.RECOMPUTE, Reason.FAILED))
         self._planned[s] = (s.num_computed, count)
 
-    def _give_way(self, decision: Decision) -> None:
-        self._below = min(self._below, decision.victim.priority)
-        self._preempt(decision.victim, decision.action)
+    def _give_way(self, victim: Sequence, decision: Decision) -> None:
+        self._below = min(self._below, victim.priority)
+        victim.decision = self.decisions.add(self.counters.steps, victim, decision)
+        if decision.action is Action.SWAP:
+            self._swap_out(victim)
+        else:
+            self._preempt(victim)
 
-    def _hold_pages(self, s: Sequence, end: int) -> bool:
-        """Make the block table of `s` cover `end` tokens, with a page of its own to write first into; False: not now."""
+    def _hold_pages(self, s: Sequence, end: int) -> int:
+        """Make the block table of `s` cover `end` tokens, with a page of its own to write first into; how many pages lack for that."""
         size = self.pool.page_size
         first = s.num_computed // size
         shared = first < len(s.pages) and not self.pool.writable(s.pages[first])
         missing = self.pool.pages_for(end) - len(s.pages)
-        if missing <= 0 and not shared:
-            return True
-        pages = self.pool.allocate(max(missing, 0) + shared)
+        needed = max(missing, 0) + shared
+        pages = self.pool.allocate(needed)
         if pages is None:
-            return False
+            return needed - self.pool.available
         if shared:
             source, s.pages[first] = s.pages[first], pages.pop()
             self._copies[s] = (source, s.pages[first])
@@ -147,7 +180,7 @@ class Scheduler(Roster):
                 self._forget.append(s.seq)
                 s.known_pages = 0
         s.pages += pages
-        return True
+        return 0
 
     # --- admission ---
 
@@ -155,35 +188,48 @@ class Scheduler(Roster):
         """Start waiting sequences of a priority lower in number than `below`, from the head of the queue, as long as there is room."""
         if not self.waiting or self.waiting[0].priority >= min(below, self._below):
             return
-        if len(self.running) >= self.max_running and self.waiting[0].priority >= self.running[-1].priority:
-            return
         room = self._room()
+        if room.places < 1 and (not self.running or self.waiting[0].priority >= self.running[-1].priority):
+            return
         while self.waiting and self.waiting[0].priority < min(below, self._below) and (room.tokens > 0 or room.places < 1):
             s = self.waiting[0]
-            pages, hashes, computed = self._shareable(s)
-            shared_tail = computed % self.pool.page_size != 0
-            needed = self.pool.pages_for(len(s.tokens)) - len(pages) + shared_tail + self.pool.cached_among(pages)
-            if not room.holds(needed):
-                decisions = make_way(self.running, s, partial(self._enough, room, needed, frozenset(pages)))
-                if not decisions:
-                    return
-                for decision in decisions:
-                    self._give_way(decision)
-                room = self._room()
-            self._start(s, pages, hashes, computed)
-            count = min(len(s.tokens) - computed, room.tokens)
-            if not self._hold_pages(s, computed + count):
-                raise RuntimeError(f"admission counted pages for sequence {s.seq} that the pool does not have")
-            self._planned[s] = (computed, count)
+            origin = self._origin(s) if s.kept is None else self._origin_kept(s.kept)
+            if origin is None:
+                return
+            shared = origin.shared()
+            needed = self.pool.pages_for(len(s.tokens)) - len(shared) + origin.shares_tail + self.pool.cached_among(shared)
+            if not room.holds(needed) and not self._make_way(room, s, needed, shared):
+                return
+            if origin.host_pages:
+                self._arrive(s, origin)
+            else:
+                self._drop_kept(s)
+                self._start(s, shared, origin.hashes, origin.computed)
+                count = min(len(s.tokens) - origin.computed, room.tokens)
+                if self._hold_pages(s, origin.computed + count):
+                    raise RuntimeError(f"admission counted pages for sequence {s.seq} that the pool does not have")
+                self._planned[s] = (origin.computed, count)
+                room.tokens -= count
             room.places -= 1
-            room.tokens -= count
             room.pages -= needed
             room.growing += self._may_grow(s)
 
+    def _make_way(self, room: _Room, s: Sequence, needed: int, shared: list[int]) -> bool:
+        """Let lower priorities give way for `s`, the head of those that wait; whether `room`, counted anew, then holds it at once."""
+        if room.holds(needed - self.moves.leaving()):
+            return False  # in a moment
+        victims = make_way(self.running, s, partial(self._enough, replace(room), needed, frozenset(shared)))
+        for victim in victims:
+            self._give_way(victim, give_way(candidate(self, victim), self.costs(), self.preemption))
+        fresh = self._room()
+        room.places, room.tokens, room.pages, room.growing = fresh.places, fresh.tokens, fresh.pages, fresh.growing
+        return bool(victims) and room.holds(needed)
+
     def _room(self) -> _Room:
-        promised = sum(self._missing(s) for s in self.running)
-        growing = sum(self._may_grow(s) for s in self.running)
-        return _Room(self.max_running - len(self.running), self._budget(), self.pool.available - promised, growing)
+        placed = [*self.running, *self.arriving]
+        promised = sum(self._missing(s) for s in placed)
+        growing = sum(self._may_grow(s) for s in placed)
+        return _Room(self.max_running - len(placed), self._budget(), self.pool.available - promised, growing)
 
     def _enough(self, room: _Room, needed: int, kept: frozenset[int], victim: Sequence) -> bool:
         """Count `victim` out; whether `room` then holds a newcomer that needs `needed` pages beside those it shares (`kept`)."""
@@ -197,25 +243,10 @@ class Scheduler(Roster):
         return room.holds(needed)
 
     def _may_grow(self, s: Sequence) -> bool:
-        return self.pool.pages_for(s.prompt_len + s.max_tokens) > len(s.pages)
+        return self.pool.pages_for(s.prompt_len + s.max_tokens) > len(s.table)
 
     def _missing(self, s: Sequence) -> int:
-        return max(self.pool.pages_for(len(s.tokens)) - len(s.pages), 0)
-
-    def _shareable(self, s: Sequence) -> tuple[list[int], list[bytes], int]:
-        """Pages that `s` can start from, their hashes, and how many tokens they hold: its leader's, or the cache's.
-
-        At least one token is left to compute, for the logits that the first output token is drawn from.
-        """
-        leader, size = s.leader, self.pool.page_size
-        if leader is not None and leader.state is State.RUNNING and not s.num_output and leader.num_computed >= s.prompt_len:
-            computed = s.prompt_len - 1
-            pages = leader.pages[: self.pool.pages_for(computed)]
-            return pages, leader.hashes[: computed // size], computed
-        if s.params.prompt_logprobs is not None and not s.num_output:
-            return [], [], 0
-        pages, hashes = self.pool.find(s.root, s.tokens, (len(s.tokens) - 1) // size)
-        return pages, hashes, len(pages) * size
+        return max(self.pool.pages_for(len(s.tokens)) - len(s.table), 0)
 
     def _step_plan(self) -> StepPlan:
         rows: list[Row] = []
@@ -246,7 +277,7 @@ class Scheduler(Roster):
         for s, (start, count) in planned.items():
             end = start + count
             if start < s.recompute_until:
-                self.counters.recomputed_tokens += min(end, s.recompute_until) - start
+                self._count_again(s, min(end, s.recompute_until) - start)
             s.num_computed = end
             answer = None
             if end == len(s.tokens):
@@ -274,9 +305,25 @@ class Scheduler(Roster):
         self.counters.steps += 1
         culprit = self.isolation.failed(self._planned)
         for s in reversed(self.running.copy()):
-            self._preempt(s, Action.RECOMPUTE)
+            self._give_way(s, Decision(Action.RECOMPUTE, Reason.FAILED))
         self._forget.clear()
         return [] if culprit is None else [self._end(culprit, FinishReason.ERROR, error)]
+
+    def _count_again(self, s: Sequence, tokens: int) -> None:
+        self.counters.recomputed_tokens += tokens
+        if s.decision is not None:
+            self._recomputed.append((s.decision, tokens))
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """The step of `plan`, which has been applied, took so long: what of that is the price of earlier decisions."""
+        computed = sum(row.num_tokens for row in plan.rows)
+        for record, tokens in self._recomputed:
+            self.decisions.charge(record, seconds * tokens / computed)
+        self._recomputed.clear()
+        for record in self._waits:
+            self.decisions.charge(record, seconds / max(len(self.running), 1))
+        aside = sum(s.recompute_until > 0 for some in (self.waiting, self.arriving) for s in some)
+        self.counters.stall_s += seconds * (aside + len(self._waits))
 
     def _index_pages(self, s: Sequence) -> None:
         size = self.pool.page_size

@@ -9,8 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
 
+from .page_pool import Content
 from .protocol import SamplingParams
+
+if TYPE_CHECKING:
+    from .decisions import Record
 
 
 class State(Enum):
@@ -18,8 +23,31 @@ class State(Enum):
 
     WAITING = auto()
     RUNNING = auto()
+    ARRIVING = auto()  # holds a place and pages, some of which are still on their way from host memory
     FOLLOWING = auto()  # waits for its leader's prompt, whose pages it will share
     FINISHED = auto()
+
+
+class Kept(NamedTuple):
+    """What a sequence that was swapped out has in host memory."""
+
+    pages: list[int]  # of the host, in order; the last may be partly filled
+    contents: list[Content | None]  # of the same pages; None where it is not full
+    computed: int  # tokens in them
+
+
+class Arrival(NamedTuple):
+    """A block table that is not whole yet."""
+
+    pages: list[int]
+    coming: list[int]  # those of `pages` that are reserved until their content is there
+    hashes: list[bytes]
+    computed: int  # tokens in them, then
+
+    def shared(self) -> list[int]:
+        """The pages that are held already."""
+        coming = set(self.coming)
+        return [page for page in self.pages if page not in coming]
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +68,10 @@ class Sequence:
         cached_tokens: prompt tokens found in the prefix cache when it was first admitted; None before.
         recompute_until: tokens below it were computed before a preemption, so computing them again is a cost.
         followers: sequences of the same prompt (`n > 1`) that start from its pages.
+        kept: what it left in host memory when it was swapped out.
+        arrival: its pages while it is ARRIVING.
+        safe_until: tokens until which it counts as just come back from host memory.
+        decision: the latest about it, which its costs are charged to.
     """
 
     seq: int
@@ -62,11 +94,20 @@ class Sequence:
     recompute_until: int = 0
     leader: Sequence | None = None
     followers: list[Sequence] = field(default_factory=list)
+    kept: Kept | None = None
+    arrival: Arrival | None = None
+    safe_until: int = 0
+    decision: Record | None = None
 
     @property
     def num_output(self) -> int:
         """Output tokens so far."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def table(self) -> list[int]:
+        """Its block table, with the pages that are still on their way."""
+        return self.pages if self.arrival is None else self.arrival.pages
 
     @property
     def priority(self) -> int:

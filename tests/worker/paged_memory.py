@@ -59,6 +59,7 @@ class PagedMemory:
         self.host: list[Page] = [[None] * page_size for _ in range(host_pages)]
         self.wires = {} if wires is None else wires
         self.delay = 1
+        self.failing: int | None = None  # every so many moves, one fails and leaves garbage
         self.moving: list[tuple[int, Move]] = []  # (polls that are left, move)
         self.open_links: set[str] = set()
         self.page_size = page_size
@@ -100,6 +101,10 @@ class PagedMemory:
                 ended.append(Moved(move.move, error="the link was closed"))
             elif polls > 1 or stuck:
                 left.append((max(polls - 1, 1), move))
+            elif self.failing is not None and move.move % self.failing == self.failing - 1:
+                for host in move.host_pages if move.kind is MoveKind.OUT else ():
+                    self.host[host] = [-2] * self.page_size
+                ended.append(Moved(move.move, error="told to fail"))
             else:
                 ended.append(Moved(move.move, self._end_move(move), 0.001))
         self.moving = left
@@ -161,12 +166,16 @@ def hash_engine(
     max_model_len: int = 10_000,
     limits: LimitOptions | None = None,
     clock: Callable[[], float] = time.monotonic,
+    host_pages: int = 0,
+    preemption: str = "recompute",
 ) -> Engine:
     """A real engine around the hash model."""
     max_running = min(max_running, max_batch_tokens)
     pool = PagePool(pages, page_size, b"key", prefix_cache)
-    scheduler = Scheduler(pool, max_batch_tokens, max_running, (EOS,))
+    scheduler = Scheduler(pool, max_batch_tokens, max_running, (EOS,), host_pages, preemption)
     info = ModelInfo(
         "hash", "", max_model_len, VOCAB, (EOS,), 0, page_size, pages * page_size, max_running + max_waiting, max_running=max_running
     )
-    return Engine(scheduler, PagedMemory(pages, page_size), Door.of(info, limits or LimitOptions()), info, max_waiting, clock=clock)
+    return Engine(
+        scheduler, PagedMemory(pages, page_size, host_pages), Door.of(info, limits or LimitOptions()), info, max_waiting, clock=clock
+    )

@@ -70,7 +70,16 @@ def test_the_engine_on_triton_gives_the_tokens_of_torch(tmp_path: Path):
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     tokens, preempted = {}, {}
     for attention in ("torch", "triton"):
-        llm = LLM(str(tmp_path), progress=False, attention=attention, page_size=16, kv_pages=6, max_batch_tokens=24, threads=1)
+        llm = LLM(
+            str(tmp_path),
+            progress=False,
+            attention=attention,
+            page_size=16,
+            kv_pages=6,
+            max_batch_tokens=24,
+            threads=1,
+            preemption="recompute",
+        )
         tokens[attention] = [answer.outputs[0].token_ids for answer in llm.generate(prompts, params)]
         preempted[attention] = sum(llm.engine.stats().preemptions.values())
     assert tokens["triton"] == tokens["torch"]

@@ -134,6 +134,6 @@ def test_wrong_books_are_not_kept(wrong):
 
 
 def test_sizes_are_checked():
-    with pytest.raises(ValueError, match="at least one page"):
-        PagePool(0, 2)
+    with pytest.raises(ValueError, match="at least one token"):
+        PagePool(1, 0)
     assert PagePool(3, 4).pages_for(9) == 3

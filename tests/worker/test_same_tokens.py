@@ -117,7 +117,7 @@ def test_with_a_warm_prefix_cache(reference, prompts, expected):
 
 def test_with_preemption(reference, prompts, expected):
     """A pool that one of the long sequences nearly fills, and that sixteen short ones outgrow."""
-    llm = engine(prefix_cache=False, kv_pages=60)
+    llm = engine(prefix_cache=False, kv_pages=60, preemption="recompute")
     ties(reference, prompts, generate(llm, prompts, 40), expected, "preempted")
     stats = llm.stats()
     assert stats.preemptions["recompute"] > 0

@@ -63,7 +63,9 @@ def test_ranks_follow_through_preemption_and_shared_pages(tmp_path: Path) -> Non
     found = {}
     for tp in (1, 2):
         options = tiny_options(tmp_path, tp)
-        with ranks(replace(options, cache=replace(options.cache, kv_pages=15))) as several:  # one prompt and its output take 11
+        with ranks(
+            replace(options, cache=replace(options.cache, kv_pages=15, preemption="recompute"))
+        ) as several:  # one prompt and its output take 11
             engine = several.engine
             for i, prompt in enumerate(PROMPTS):
                 params = SamplingParams(n=2, max_tokens=10, temperature=1.0, seed=i, ignore_eos=True)

@@ -1,0 +1,55 @@
+"""The decisions that were taken when pages ran out: what each was predicted to cost, and what it came to. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from .pressure import Action, Decision
+from .sequence import Sequence
+
+RECENT = 256  # decisions that are remembered one by one
+
+
+@dataclass(slots=True)
+class Record:
+    """One decision. Costs are seconds of this replica's time; `actual_s` grows as they fall due.
+
+    Attributes:
+        step: the step that was being planned.
+        request_id, choice: the sequence that gave way, or waits.
+        pages: that it held then.
+    """
+
+    step: int
+    request_id: str
+    choice: int
+    action: str
+    reason: str
+    pages: int
+    predicted_s: float
+    actual_s: float = 0.0
+
+
+class Decisions:
+    """The latest `RECENT` decisions, and sums over all by action."""
+
+    def __init__(self) -> None:
+        self.recent: deque[Record] = deque(maxlen=RECENT)
+        self.counts = {action.value: 0 for action in Action}
+        self.predicted_s = dict.fromkeys(self.counts, 0.0)
+        self.actual_s = dict.fromkeys(self.counts, 0.0)
+
+    def add(self, step: int, s: Sequence, decision: Decision) -> Record:
+        """`decision` is carried out on `s`."""
+        action = decision.action.value
+        record = Record(step, s.request_id, s.choice, action, decision.reason.value, len(s.pages), decision.predicted_s)
+        self.recent.append(record)
+        self.counts[action] += 1
+        self.predicted_s[action] += decision.predicted_s
+        return record
+
+    def charge(self, record: Record, seconds: float) -> None:
+        """A decision has cost so much more."""
+        record.actual_s += seconds
+        self.actual_s[record.action] += seconds

@@ -1,0 +1,184 @@
+"""Sequences between the device and host memory: how one leaves, what one that starts can start from, and how it comes back. Pure.
+
+running -> (OUT) waiting, with what it keeps in host memory -> (IN) arriving -> running
+
+Who arrives holds its place and its pages but is not planned. It comes in its turn, counted like everybody who is admitted, and the copy
+ends by itself, so nobody who stands before it can wait for it in vain.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from functools import partial
+from itertools import takewhile
+from operator import attrgetter
+from typing import NamedTuple
+
+from .events import Speeds
+from .page_hash import token_bytes
+from .page_pool import Content, PagePool
+from .plan import Moved, MoveKind
+from .pressure import Costs, worth_bringing
+from .roster import Roster
+from .sequence import Arrival, Kept, Sequence, State
+
+_ORDER = attrgetter("order")
+
+
+class Origin(NamedTuple):
+    """What a sequence can start from: a block table with gaps, which host pages fill in order."""
+
+    pages: list[int | None]
+    host_pages: list[int]
+    hashes: list[bytes]  # of the full pages
+    computed: int  # tokens in them
+    shares_tail: bool = False  # the last page is partly filled, and others hold it
+
+    def shared(self) -> list[int]:
+        """Pages of the device that are there."""
+        return [page for page in self.pages if page is not None]
+
+    def on_device(self, page_size: int) -> Origin:
+        """What of it needs nothing from host memory."""
+        pages = list(takewhile(lambda page: page is not None, self.pages))
+        if len(pages) == len(self.pages):
+            return self
+        return Origin(pages, [], self.hashes[: len(pages)], len(pages) * page_size)
+
+
+NOTHING = Origin([], [], [], 0)
+
+
+class Swapping(Roster):
+    """The roster, and the ways to host memory and back.
+
+    Args:
+        pool: the pages that sequences hold.
+        host_pages: pages of host memory beside it.
+    """
+
+    def __init__(self, pool: PagePool, host_pages: int) -> None:
+        super().__init__(pool, host_pages)
+        self.speeds = Speeds()
+
+    def costs(self) -> Costs:
+        """How fast things are here, as measured."""
+        moves, speeds = self.moves, self.speeds
+        return Costs(
+            speeds.prefill_tokens_per_s,
+            speeds.decode_step_s,
+            moves.pages_per_s(MoveKind.OUT),
+            moves.pages_per_s(MoveKind.IN),
+            moves.queued(MoveKind.OUT),
+            moves.queued(MoveKind.IN),
+            moves.pages_per_s(MoveKind.SEND),
+        )
+
+    # --- leaving ---
+
+    def contents(self, s: Sequence) -> list[Content | None]:
+        """What the pages of `s` hold that something has been computed into."""
+        size, found = self.pool.page_size, list[Content | None]()
+        parent = s.root
+        for i, digest in enumerate(s.hashes):
+            found.append(Content(digest, parent, token_bytes(s.tokens[i * size : (i + 1) * size])))
+            parent = digest
+        return found + [None] * (self.pool.pages_for(s.num_computed) - len(found))
+
+    def _swap_out(self, s: Sequence) -> None:
+        contents = self.contents(s)
+        copy = self._copies.get(s)
+        pages = self.host.keep(s.pages[: len(contents)], contents, partial(self._charge, s))
+        kept = Kept(pages, contents, s.num_computed)
+        self._preempt(s)
+        s.kept = kept
+        if copy is not None:  # it is carried out before its pages leave
+            self._copies[s] = copy
+
+    def _charge(self, s: Sequence, moved: Moved) -> None:
+        if s.decision is not None:
+            self.decisions.charge(s.decision, moved.seconds)
+
+    # --- what to start from ---
+
+    def _origin(self, s: Sequence) -> Origin:
+        """What `s` can start from, if it keeps nothing in host memory."""
+        leader, size = s.leader, self.pool.page_size
+        if leader is not None and leader.state is State.RUNNING and not s.num_output and leader.num_computed >= s.prompt_len:
+            # One token is left to compute, for the logits that the first output token is drawn from.
+            computed = s.prompt_len - 1
+            pages = leader.pages[: self.pool.pages_for(computed)]
+            return Origin(list(pages), [], leader.hashes[: computed // size], computed, computed % size != 0)
+        if s.params.prompt_logprobs is not None and not s.num_output:
+            return NOTHING
+        return self._origin_found(s)
+
+    def _origin_kept(self, kept: Kept) -> Origin | None:
+        """What it left in host memory; pages that are found on the device as well need not be brought. None: it is still leaving."""
+        if not self.host.ready(kept.pages):
+            return None
+        intact = self.host.intact(kept.pages)
+        contents = kept.contents[:intact]
+        pages = [None if content is None else self.pool.holder(content) for content in contents]
+        host_pages = [host for host, page in zip(kept.pages, pages, strict=False) if page is None]
+        hashes = [content.hash for content in contents if content is not None]
+        return Origin(pages, host_pages, hashes, min(kept.computed, intact * self.pool.page_size))
+
+    def _origin_found(self, s: Sequence) -> Origin:
+        """The longest prefix that is found, on the device and in host memory by turns, as far as bringing it is worth while."""
+        size = self.pool.page_size
+        limit = (len(s.tokens) - 1) // size
+        pages: list[int | None] = []
+        found, hashes = self.pool.find(s.root, s.tokens, limit)
+        pages += found
+        host_pages: list[int] = []
+        while self.host.pages.total and len(hashes) < limit:
+            more, digests = self.host.pages.find(hashes[-1] if hashes else s.root, s.tokens[len(hashes) * size :], limit - len(hashes))
+            if not more or not worth_bringing(len(more), len(more) * size, self.costs()):
+                break
+            host_pages += more
+            pages += [None] * len(more)
+            hashes += digests
+            found, digests = self.pool.find(hashes[-1], s.tokens[len(hashes) * size :], limit - len(hashes))
+            pages += found
+            hashes += digests
+        return Origin(pages, host_pages, hashes, len(pages) * size)
+
+    # --- coming ---
+
+    def _arrive(self, s: Sequence, origin: Origin) -> None:
+        """`s` takes its place, and the pages that it lacks are brought."""
+        self.pool.retain(origin.shared())
+        coming = self.pool.reserve(len(origin.host_pages))
+        if coming is None:
+            raise RuntimeError(f"admission counted pages for sequence {s.seq} that the pool does not have")
+        new = iter(coming)
+        arrival = Arrival([next(new) if page is None else page for page in origin.pages], coming, origin.hashes, origin.computed)
+        self._take_place(s, State.ARRIVING, self.arriving)
+        s.arrival = arrival
+        self.host.bring(origin.host_pages, coming, partial(self._arrived, s, arrival))
+
+    def _arrived(self, s: Sequence, arrival: Arrival, moved: Moved) -> None:
+        here = s.arrival is arrival  # it has not ended meanwhile
+        if not here or moved.error is not None:
+            self.pool.cancel(arrival.coming)
+        if not here:
+            return
+        self.arriving.remove(s)
+        s.arrival = None
+        self._charge(s, moved)
+        if moved.error is not None:  # it starts from what is found then
+            self.pool.release(arrival.shared())
+            s.state = State.WAITING
+            insort(self.waiting, s, key=_ORDER)
+        else:
+            self.pool.commit(arrival.coming)
+            s.state = State.RUNNING
+            insort(self.running, s, key=_ORDER)
+            self._go_on(s, arrival.pages, arrival.hashes, arrival.computed)
+            for page, content in zip(s.pages, self.contents(s), strict=True):
+                if content is not None:
+                    self.pool.index(page, content)
+            if s.kept is not None:
+                s.safe_until = len(s.tokens) + self.pool.page_size
+        self._drop_kept(s)
