@@ -29,7 +29,9 @@ _COUNTERS = {
     "quire_output_tokens": ("Tokens generated.", "output_tokens"),
     "quire_prefix_query_tokens": ("Prompt tokens looked up in the prefix cache.", "prefix_query_tokens"),
     "quire_prefix_hit_tokens": ("Prompt tokens found in the prefix cache.", "prefix_hit_tokens"),
+    "quire_prefix_host_hit_tokens": ("Of these, tokens that were copied in from host memory.", "host_hit_tokens"),
     "quire_recomputed_tokens": ("Tokens computed again after a preemption.", "recomputed_tokens"),
+    "quire_stall_seconds": ("Time that sequences which had begun stood still, each for itself.", "stall_seconds"),
 }
 _GAUGES = {
     "quire_requests_running": ("Sequences in the running batch.", "running"),
@@ -41,7 +43,14 @@ _RECOVERY = {
     "quire_replayed_tokens": ("Tokens that replicas were given again for that.", "replayed_tokens"),
     "quire_pause_seconds": ("Time from each loss to the next token.", "pause_s"),
 }
+_KEYED_COUNTERS = {
+    "quire_preemptions": ("Times that pages had run out, by what was done.", "action", "preemptions"),
+    "quire_preemption_predicted_seconds": ("What that was to cost.", "action", "predicted_seconds"),
+    "quire_preemption_seconds": ("What it came to.", "action", "actual_seconds"),
+    "quire_moved_bytes": ("Bytes of pages that were copied, by kind of move.", "kind", "moved_bytes"),
+}
 _PAGE_STATES = ("free", "cached", "active", "reserved")
+_HOST_STATES = ("free", "cached", "active")
 
 
 class Metrics:
@@ -125,6 +134,8 @@ class _EngineCollector(Collector):
         for replica, stats in replicas:
             for state in _PAGE_STATES:
                 pages.add_metric([replica, state, "device"], getattr(stats, f"pages_{state}"))
+            for state in _HOST_STATES:
+                pages.add_metric([replica, state, "host"], getattr(stats, f"host_pages_{state}"))
         yield pages
         for name, (text, field) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["replica"])
@@ -136,11 +147,12 @@ class _EngineCollector(Collector):
             for replica, stats in replicas:
                 counter.add_metric([replica], getattr(stats, field))
             yield counter
-        preemptions = CounterMetricFamily("quire_preemptions", "Sequences put aside for lack of pages.", labels=["replica", "action"])
-        for replica, stats in replicas:
-            for action, count in sorted(stats.preemptions.items()):
-                preemptions.add_metric([replica, action], count)
-        yield preemptions
+        for name, (text, label, field) in _KEYED_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["replica", label])
+            for replica, stats in replicas:
+                for key, count in sorted(getattr(stats, field).items()):
+                    counter.add_metric([replica, key], count)
+            yield counter
 
 
 class _RecoveryCollector(Collector):

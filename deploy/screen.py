@@ -111,7 +111,7 @@ def _shown(states: str) -> str:
 def _replica_line(replica: Mapping[str, Any], rate: tuple[float, float] | None) -> str:
     pages = replica["pages"]
     speed = f"   {rate[0]:.0f} + {rate[1]:.0f} tokens/s" if rate is not None else ""
-    used = f"{pages['active']} active, {pages['cached']} cached, {pages['free']} free of {pages['total']} pages"
+    used = f"{pages['active']} active, {pages['cached']} cached, {pages['free']} free of {pages['total']} pages{_host(pages)}"
     return f"{replica['id']}  {replica['state']}   {replica['running']} running, {replica['waiting']} waiting   {used}{speed}"
 
 
@@ -131,5 +131,8 @@ def _bar(pages: Mapping[str, int], glyphs: Glyphs) -> str:
     active = round(BAR_WIDTH * pages["active"] / total)
     cached = min(round(BAR_WIDTH * pages["cached"] / total), BAR_WIDTH - active)
     bar = glyphs.active * active + glyphs.cached * cached + glyphs.free * (BAR_WIDTH - active - cached)
-    host = f" + {pages['host']} host" if pages["host"] else ""
-    return f"{bar} {pages['active']} active, {pages['cached']} cached of {total}{host}"
+    return f"{bar} {pages['active']} active, {pages['cached']} cached of {total}{_host(pages)}"
+
+
+def _host(pages: Mapping[str, int]) -> str:
+    return f" + {pages['host']} host" if pages["host"] else ""

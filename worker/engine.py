@@ -87,6 +87,7 @@ class Engine:
         info: what front ends are told of the model.
         max_waiting: sequences that may wait.
         seed: where the seeds of requests without one come from.
+        page_bytes: of one page, all ranks together.
         clock: seconds, monotonic.
     """
 
@@ -99,6 +100,7 @@ class Engine:
         max_waiting: int,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        page_bytes: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -106,6 +108,7 @@ class Engine:
         self.info = info
         self._max_waiting = max_waiting
         self._seed = seed
+        self._page_bytes = page_bytes
         self._arrivals = 0
         self._sequences = 0
         self._step_s = 0.0
@@ -210,7 +213,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges as they stand."""
-        c, pages = self.scheduler.counters, self.scheduler.pool.counts()
+        c, pages, host = self.scheduler.counters, self.scheduler.pool.counts(), self.scheduler.host.pages.counts()
+        decisions = self.scheduler.decisions
         return EngineStats(
             steps=c.steps,
             running=len(self.scheduler.running) + len(self.scheduler.arriving),
@@ -225,8 +229,16 @@ class Engine:
             prefix_query_tokens=c.prefix_query_tokens,
             prefix_hit_tokens=c.prefix_hit_tokens,
             recomputed_tokens=c.recomputed_tokens,
-            preemptions=dict(self.scheduler.decisions.counts),
+            preemptions=dict(decisions.counts),
             step_seconds=self._step_s,
+            host_pages_free=host.free,
+            host_pages_cached=host.cached,
+            host_pages_active=host.active,
+            host_hit_tokens=c.host_hit_tokens,
+            moved_bytes={kind.value: count * self._page_bytes for kind, count in self.scheduler.moves.moved_pages.items()},
+            stall_seconds=c.stall_s,
+            predicted_seconds=dict(decisions.predicted_s),
+            actual_seconds=dict(decisions.actual_s),
         )
 
     def load(self) -> ReplicaLoad:
@@ -353,4 +365,5 @@ def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | N
         info,
         scheduler_options.max_waiting,
         options.model.seed,
+        page_bytes=sizes.page_bytes,
     )

@@ -94,7 +94,9 @@ class HostTier:
 
         What is here already becomes free at once, the rest when its copy has ended, unless somebody has found it meanwhile.
         """
-        missing = min(wanted - self._pool.counts().free - len(self._evicting), most) if self.pages.total else 0
+        if not self.pages.total:
+            return
+        missing = min(wanted - self._pool.counts().free - len(self._evicting), most)
         leaving: list[int] = []
         for page in self._pool.oldest_cached(max(missing, 0)):
             host_page = self._find(self._pool.content(page))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .protocol import BadRequest, EngineStats, FinishReason, GenerateRequest, Sa
 from .text.choice import ChoiceText
 from .text.detokenizer import TextOptions
 from .text.tokenizer import Tokenizer, load_tokenizer
+
+MOVE_WAIT_S = 0.1  # at most, before moves are asked about again
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -90,6 +93,8 @@ class LLM:
         self.tokenizer: Tokenizer = load_tokenizer(Path(self.engine.info.path))
         self._progress = progress
         self._requests = 0
+        self._moved = threading.Event()
+        self.engine.runner.watch(self._moved.set)
 
     def generate(
         self,
@@ -169,7 +174,11 @@ class LLM:
             while upcoming is not None and scheduler.num_waiting <= scheduler.max_running and upcoming.choices <= self.engine.room():
                 self.engine.submit(upcoming.request)
                 upcoming = next(queue, None)
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            if self.engine.resting and not self.engine.idle():  # who could go on waits for pages that are being copied
+                self._moved.wait(MOVE_WAIT_S)
+                self._moved.clear()
+            for output in outputs:
                 tokens += len(output.tokens)
                 owner = by_id[output.request_id]
                 if owner.take(output):

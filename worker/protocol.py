@@ -237,6 +237,14 @@ class EngineStats(NamedTuple):
     recomputed_tokens: int
     preemptions: dict[str, int]  # by action
     step_seconds: float  # time spent in steps, in all
+    host_pages_free: int
+    host_pages_cached: int
+    host_pages_active: int
+    host_hit_tokens: int  # of `prefix_hit_tokens`, those that came from host memory
+    moved_bytes: dict[str, int]  # by kind of move, all ranks together
+    stall_seconds: float  # that sequences which had begun stood still, each for itself
+    predicted_seconds: dict[str, float]  # what preemptions were to cost, by action
+    actual_seconds: dict[str, float]  # what they came to
 
 
 class ModelInfo(NamedTuple):

@@ -30,6 +30,7 @@ class Counters:
     output_tokens: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    host_hit_tokens: int = 0
     recomputed_tokens: int = 0
     stall_s: float = 0.0  # that sequences which had begun stood still, each for itself
 

@@ -175,6 +175,8 @@ class Swapping(Roster):
             self.pool.commit(arrival.coming)
             s.state = State.RUNNING
             insort(self.running, s, key=_ORDER)
+            if s.cached_tokens is None:
+                self.counters.host_hit_tokens += len(arrival.coming) * self.pool.page_size
             self._go_on(s, arrival.pages, arrival.hashes, arrival.computed)
             for page, content in zip(s.pages, self.contents(s), strict=True):
                 if content is not None:

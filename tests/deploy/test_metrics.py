@@ -25,6 +25,14 @@ STATS = EngineStats(
     recomputed_tokens=13,
     preemptions={"recompute": 14},
     step_seconds=1.5,
+    host_pages_free=15,
+    host_pages_cached=16,
+    host_pages_active=17,
+    host_hit_tokens=18,
+    moved_bytes={"out": 19},
+    stall_seconds=2.5,
+    predicted_seconds={"swap": 3.5},
+    actual_seconds={"swap": 4.5},
 )
 
 
@@ -52,7 +60,12 @@ def test_replicas_are_told_apart() -> None:
     for state, count in {"free": 5, "cached": 6, "active": 7, "reserved": 8}.items():
         assert values["quire_pages", frozenset({("replica", "r0"), ("state", state), ("tier", "device")})] == count
     assert values["quire_pages", frozenset({("replica", "r1"), ("state", "free"), ("tier", "device")})] == 50
+    for state, count in {"free": 15, "cached": 16, "active": 17}.items():
+        assert values["quire_pages", frozenset({("replica", "r0"), ("state", state), ("tier", "host")})] == count
     assert values["quire_preemptions_total", frozenset({("replica", "r0"), ("action", "recompute")})] == 14
+    assert values["quire_preemption_predicted_seconds_total", frozenset({("replica", "r0"), ("action", "swap")})] == 3.5
+    assert values["quire_preemption_seconds_total", frozenset({("replica", "r0"), ("action", "swap")})] == 4.5
+    assert values["quire_moved_bytes_total", frozenset({("replica", "r0"), ("kind", "out")})] == 19
     r0 = frozenset({("replica", "r0")})
     by_name = {
         "steps": 1,
@@ -60,7 +73,9 @@ def test_replicas_are_told_apart() -> None:
         "output_tokens": 10,
         "prefix_query_tokens": 11,
         "prefix_hit_tokens": 12,
+        "prefix_host_hit_tokens": 18,
         "recomputed_tokens": 13,
+        "stall_seconds": 2.5,
     }
     for name, count in {**by_name, "step_seconds": 1.5}.items():
         assert values[f"quire_{name}_total", r0] == count

@@ -57,6 +57,8 @@ def test_a_frame_of_top() -> None:
     assert frame[0] == "2 requests   3 queued (170 tokens)   250 prompt, 100 output tokens/s"[:60]
     assert frame[1].startswith("2 replicas (replica-1 starting), 1 ingresses")
     assert frame[3].startswith("replica-0  ready   2 running, 1 waiting   16 active")
+    with_host = {**TOP["replicas"][0], "pages": {**TOP["replicas"][0]["pages"], "host": 5}}
+    assert top_lines({**TOP, "replicas": [with_host]}, None, (120, 0), ASCII)[3].endswith("32 free of 64 pages + 5 host")
     assert frame[4:6] == ["#" * 12 + "SSSS" + "+" * 16 + "." * 28, "...."]
     assert frame[6].startswith("replica-1  starting")
     assert frame[-2:] == ["cmpl-1   replica-0  search  running  12      34", "cmpl-2   -          batch   queued   56      0"]

@@ -231,4 +231,7 @@ def test_text_is_the_same_when_sequences_are_swapped_at_random(seed: int) -> Non
     while engine.runner.moving or not engine.resting:
         engine.step()
         engine.scheduler.check()
+    changes = engine.scheduler.pool.events.since(0)
+    assert changes.removed == ()
+    assert set(changes.stored) == set(engine.scheduler.pool.findable())
     assert engine.scheduler.pool.counts().active == engine.scheduler.host.pages.counts().active == 0
