@@ -20,7 +20,8 @@ from quire.worker.protocol import (
 )
 
 ONE = Owner("replica-0", 1)
-STATS = EngineStats(3, 1, 0, 10, 5, 2, 3, 0, 7, 8, 0, 0, 0, {"recompute": 1}, 0.5, 4, 3, 2, 1, {"out": 9}, 0.25, {"swap": 0.5}, {"swap": 0.75})
+_LATER = (4, 3, 2, 1, {"out": 9}, 0.25, {"swap": 0.5}, {"swap": 0.75})
+STATS = EngineStats(3, 1, 0, 10, 5, 2, 3, 0, 7, 8, 0, 0, 0, {"recompute": 1}, 0.5, *_LATER)
 
 
 class Ingress:
