@@ -12,7 +12,7 @@ CANDIDATES = 8  # so many from the end of the order, that a decision stays cheap
 def candidates(roster: Swapping) -> list[Candidate]:
     """Those of the running ones that may give way, in scheduling order: the last few, and never the first of all."""
     first = min((some[0] for some in (roster.running, roster.arriving) if some), key=lambda s: s.order)
-    return [candidate(roster, s) for s in roster.running[-CANDIDATES:] if s is not first]
+    return [candidate(roster, s) for s in roster.running[-CANDIDATES:] if s is not first and s.request_id not in roster.emigrants]
 
 
 def candidate(roster: Swapping, s: Sequence) -> Candidate:
@@ -35,7 +35,7 @@ def candidate(roster: Swapping, s: Sequence) -> Candidate:
 
 def shortage(roster: Swapping, s: Sequence, pages: int) -> Shortage:
     """`s` lacks `pages` pages."""
-    return Shortage(pages, roster.moves.leaving(), len(roster.running), _ends_in(roster, s, pages))
+    return Shortage(pages, roster.leaving(), len(roster.running), _ends_in(roster, s, pages))
 
 
 def _ends_in(roster: Swapping, needy: Sequence, pages: int) -> int | None:

@@ -9,7 +9,7 @@ from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
 
-from .decisions import Decisions
+from .decisions import Decisions, Record
 from .host_tier import HostTier
 from .page_moves import PageMoves
 from .page_pool import PagePool
@@ -49,6 +49,7 @@ class Roster:
         self.host = HostTier(host_pages, pool, self.moves)
         self.counters = Counters()
         self.decisions = Decisions()
+        self.emigrants: dict[str, Record] = {}  # requests that are to migrate, from the decision to their end, or until they stay after all
         self.running: list[Sequence] = []  # in scheduling order
         self.arriving: list[Sequence] = []
         self.waiting: list[Sequence] = []  # in scheduling order
@@ -121,6 +122,7 @@ class Roster:
         request.ended_tokens += s.num_output
         if not request.sequences:
             del self._requests[s.request_id]
+            self.emigrants.pop(s.request_id, None)
             self._expiring.pop(s.request_id, None)
             total = request.ended_tokens
             self.pool.events.ended(s.request_id, request.tenant, total, total - request.resumed_tokens)

@@ -128,7 +128,7 @@ class Scheduler(Swapping):
             if count < 1:
                 return
         while lacking := self._hold_pages(s, s.num_computed + count):
-            victim, decision = relieve(shortage(self, s, lacking), candidates(self), self.costs(), self.preemption)
+            victim, decision = relieve(shortage(self, s, lacking), candidates(self), self.costs(), self.preemption, self.relief)
             if victim is None:
                 self._below = min(self._below, s.priority)
                 self._waits.append(self.decisions.add(self.counters.steps, s, decision))
@@ -157,10 +157,13 @@ class Scheduler(Swapping):
     def _give_way(self, victim: Sequence, decision: Decision) -> None:
         self._below = min(self._below, victim.priority)
         victim.decision = self.decisions.add(self.counters.steps, victim, decision)
-        if decision.action is Action.SWAP:
-            self._swap_out(victim)
-        else:
-            self._preempt(victim)
+        match decision.action:
+            case Action.SWAP:
+                self._swap_out(victim)
+            case Action.MIGRATE:
+                self._emigrate(victim, victim.decision)
+            case _:
+                self._preempt(victim)
 
     def _hold_pages(self, s: Sequence, end: int) -> int:
         """Make the block table of `s` cover `end` tokens, with a page of its own to write first into; how many pages lack for that."""
@@ -216,11 +219,12 @@ class Scheduler(Swapping):
 
     def _make_way(self, room: _Room, s: Sequence, needed: int, shared: list[int]) -> bool:
         """Let lower priorities give way for `s`, the head of those that wait; whether `room`, counted anew, then holds it at once."""
-        if room.holds(needed - self.moves.leaving()):
+        if room.holds(needed - self.leaving()):
             return False  # in a moment
-        victims = make_way(self.running, s, partial(self._enough, replace(room), needed, frozenset(shared)))
+        stay = [other for other in self.running if other.request_id not in self.emigrants]
+        victims = make_way(stay, s, partial(self._enough, replace(room), needed, frozenset(shared)))
         for victim in victims:
-            self._give_way(victim, give_way(candidate(self, victim), self.costs(), self.preemption))
+            self._give_way(victim, give_way(candidate(self, victim), self.costs(), self.preemption, self.relief))
         fresh = self._room()
         room.places, room.tokens, room.pages, room.growing = fresh.places, fresh.tokens, fresh.pages, fresh.growing
         return bool(victims) and room.holds(needed)
@@ -322,6 +326,8 @@ class Scheduler(Swapping):
         self._recomputed.clear()
         for record in self._waits:
             self.decisions.charge(record, seconds / max(len(self.running), 1))
+        for record in self.emigrants.values():
+            self.decisions.charge(record, seconds)
         aside = sum(s.recompute_until > 0 for some in (self.waiting, self.arriving) for s in some)
         self.counters.stall_s += seconds * (aside + len(self._waits))
 

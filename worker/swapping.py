@@ -14,11 +14,12 @@ from itertools import takewhile
 from operator import attrgetter
 from typing import NamedTuple
 
+from .decisions import Record
 from .events import Speeds
 from .page_hash import token_bytes
 from .page_pool import Content, PagePool
 from .plan import Moved, MoveKind
-from .pressure import Costs, worth_bringing
+from .pressure import Costs, Relief, worth_bringing
 from .roster import Roster
 from .sequence import Arrival, Kept, Sequence, State
 
@@ -60,6 +61,8 @@ class Swapping(Roster):
     def __init__(self, pool: PagePool, host_pages: int) -> None:
         super().__init__(pool, host_pages)
         self.speeds = Speeds()
+        self.relief: Relief | None = None  # set by whoever knows the other replicas
+        self._emigrants: list[str] = []  # those that nobody has been told of
 
     def costs(self) -> Costs:
         """How fast things are here, as measured."""
@@ -75,6 +78,25 @@ class Swapping(Roster):
         )
 
     # --- leaving ---
+
+    def leaving(self) -> int:
+        """Pages that will be free when what leaves has left."""
+        emigrants = (s for s in self.running if s.request_id in self.emigrants)
+        return self.moves.leaving() + sum(self.pool.references[page] == 1 for s in emigrants for page in s.pages)
+
+    def take_emigrants(self) -> list[str]:
+        """The requests that are to migrate to `relief`, told once. Whoever takes them ends each as MOVED, or says that it `stays`."""
+        taken, self._emigrants = [name for name in self._emigrants if name in self.emigrants], []
+        return taken
+
+    def stays(self, request_id: str) -> None:
+        """A request that was to migrate does not. There is no relief until somebody says so anew."""
+        self.emigrants.pop(request_id, None)
+        self.relief = None
+
+    def _emigrate(self, s: Sequence, record: Record) -> None:
+        self.emigrants[s.request_id] = record
+        self._emigrants.append(s.request_id)
 
     def contents(self, s: Sequence) -> list[Content | None]:
         """What the pages of `s` hold that something has been computed into."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 from paged_memory import hash_engine
-from test_scheduler import request
+from test_scheduler import request, run
 
 from quire.worker.candidates import CANDIDATES, candidates, shortage
 from quire.worker.pressure import Action, Candidate, Costs, Reason, Relief, Shortage, make_way, prices, relieve, worth, worth_bringing
@@ -173,3 +173,26 @@ def test_a_neighbour_that_ends_without_needing_a_page_is_waited_for() -> None:
     assert scheduler.counters.recomputed_tokens == 0
     assert scheduler.decisions.counts["recompute"] == 0
     assert wait.actual_s > 0
+
+
+def test_who_is_to_migrate_runs_on_until_it_has_left_or_stays() -> None:
+    engine = hash_engine(pages=6, page_size=4, preemption="migrate", prefix_cache=False)
+    scheduler = engine.scheduler
+    scheduler.relief = Relief("replica-1", pages=9, handshake_s=0.0)
+    engine.submit(request("first", [1] * 8, max_tokens=12))
+    engine.submit(request("second", [2] * 6, max_tokens=9))
+    while not (told := scheduler.take_emigrants()):
+        engine.step()
+    assert told == ["second"]
+    assert scheduler.take_emigrants() == []
+    assert [s.request_id for s in scheduler.running] == ["first", "second"]
+    assert scheduler.leaving() == len(scheduler.running[1].pages)
+    assert {r.request_id: r.action for r in scheduler.decisions.recent} == {"second": "migrate", "first": "wait"}
+    before = len(scheduler.running[1].tokens)
+    engine.step()
+    assert len(scheduler.running[1].tokens) == before + 1
+    scheduler.stays("second")  # it could not: somebody has to give way here
+    outputs = run(engine)
+    assert scheduler.decisions.counts["recompute"] == 1
+    assert scheduler.emigrants == {}
+    assert {name for name, _ in outputs} == {"first", "second"}
