@@ -6,7 +6,8 @@
 
 Each way back to ASKING is a later attempt. The journal (prompt and delivered tokens) goes with it, so that the next owner starts where
 the last one was heard from, and the client sees a pause. Whatever a former owner, or this one on an earlier attempt, still says is
-answered with an abort. Every input returns commands; whoever feeds the journal carries them out and feeds back what came of them.
+answered with an abort. A migration is no such loss: within one attempt the stream follows it from owner to owner (`succession`), and
+its reader does not notice. Every input returns commands; whoever feeds the journal carries them out and feeds back what came of them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,8 @@ from ..worker.protocol import (
     SequenceOutput,
 )
 from .messages import AdmitRequest, Route
-
-
-class Owner(NamedTuple):
-    """The one replica, in the one life of it, that may emit for a request."""
-
-    replica_id: str
-    epoch: int
+from .succession import Owner as Owner  # noqa: PLC0414 (it is whom a journal follows)
+from .succession import Succession
 
 
 class Ask(NamedTuple):
@@ -96,6 +92,7 @@ class Patience:
         resume_s: seconds from a loss, or from a route that was stale, until a replica goes on with it.
         refusals: times that replicas may be too full for what was routed to them, for a request that nothing was lost of.
         deaths: replicas that may die under it without one new token in between.
+        heir_s: seconds after an owner has handed it over until the heir is heard of.
     """
 
     controller_s: float = 60.0
@@ -103,6 +100,7 @@ class Patience:
     resume_s: float = 120.0
     refusals: int = 8
     deaths: int = 3
+    heir_s: float = 10.0
 
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.05, 1.0  # before asking again after a refusal
@@ -150,6 +148,10 @@ class Journal:
         self._refusals = 0
         self._avoid: tuple[str, ...] = ()
         self._suspect: Owner | None = None  # has not said whether it took the request
+        self._sent_to: Owner | None = None  # this attempt
+        self._succession = Succession()
+        self._handed_over_s = 0.0  # when it got the owner that it has, if from another one
+        self._gone: dict[Owner, tuple[str, bool]] = {}  # who was lost during this attempt without being its owner, and how
         self._lost_s: float | None = None  # since when the stream stands still
         self._stuck_s: float | None = None  # since when replicas refuse it, or are lost
         self._silent_s: float | None = None  # since when the controller does not answer
@@ -180,7 +182,7 @@ class Journal:
             return [*self._fail(DeadlineExceeded("the deadline passed before the request had its turn")), Withdraw(self.request_id)]
         if self.waited_s is None:
             self.waited_s = now_s - self._arrived_s
-        self.owner = Owner(*route)
+        self.owner = self._sent_to = Owner(*route)
         self._state = _State.SENDING
         return [Submit(self.owner, self._for_replica(left_ms))]
 
@@ -217,6 +219,8 @@ class Journal:
 
     def taken(self, owner: Owner, attempt: int) -> list[Command]:
         """The replica has taken the request."""
+        if self._has_moved_on(owner, attempt):
+            return []
         if not self._is_current(owner, attempt):
             return [Abort(owner, self.request_id, attempt, None)]
         self._state = _State.RUNNING
@@ -224,6 +228,8 @@ class Journal:
 
     def turned_away(self, owner: Owner, attempt: int, error: QuireError, now_s: float) -> list[Command]:
         """The replica has refused the request, or nobody knows (ReplicaLost)."""
+        if self._has_moved_on(owner, attempt):
+            return []
         commands: list[Command] = [Abort(owner, self.request_id, attempt, None)] if isinstance(error, ReplicaLost) else []
         if not self._is_current(owner, attempt):
             return commands
@@ -243,13 +249,15 @@ class Journal:
     def lost(self, owner: Owner, reason: str, now_s: float, died: bool = True) -> list[Command]:
         """The replica has died, or only the way to it. If it died before it said whether it took the request, that may be why."""
         runs = self._state in (_State.SENDING, _State.RUNNING)
+        if runs and owner != self.owner:
+            self._gone[owner] = reason, died  # it may turn out to be an heir
         if self.over or owner not in (self._suspect, self.owner if runs else None):
             return []
         self._suspect = None
         noted = Lost(self.request_id, owner, reason)
         self.deaths += died
         if self.deaths >= self._patience.deaths:
-            elsewhere = [Abort(self.owner, self.request_id, self.attempt, None)] if runs and self.owner not in (None, owner) else []
+            elsewhere = [Abort(o, self.request_id, self.attempt, None) for o in self._holders() if o != owner]
             what = f"{self.deaths} replicas in a row were lost while they ran this request; the last one: {reason}"
             return [noted, *elsewhere, *self._fail(RequestFailed(what)), Withdraw(self.request_id)]
         if owner != self.owner:
@@ -258,25 +266,77 @@ class Journal:
             self._lost_s = now_s
         if self._stuck_s is None:
             self._stuck_s = now_s
-        return [noted, *self._again(now_s, 0.0)]
+        heirs = [Abort(heir, self.request_id, self.attempt, None) for heir in self._succession.heirs() if heir != owner]
+        return [noted, *heirs, *self._again(now_s, 0.0)]
 
     def take(self, owner: Owner, output: SequenceOutput, now_s: float) -> list[Command]:
         """What one choice has gained. Tokens that were delivered before are cut off; a gap means that the owner is lost."""
-        if not self._is_current(owner, output.attempt):
+        if self._state not in (_State.SENDING, _State.RUNNING) or output.attempt != self.attempt:
             return self._stale(owner, output, None)
-        if output.finish is FinishReason.ABORT and output.choice in self._live:
+        commands: list[Command] = []
+        if owner == self.owner:
+            if self._succession.heeds(output):
+                commands = self._take(owner, output, now_s)
+        elif not self._succession.park(owner, output):
+            return self._stale(owner, output, None)
+        else:
+            self._gone.pop(owner, None)  # or its frames have begun again since
+        if self._succession.full:
+            return self._give_way("nothing is heard of the owner while its heir goes on and on", now_s)
+        return [*commands, *self._hand_over(now_s)]
+
+    def overdue(self, now_s: float) -> list[Command]:
+        """To be asked now and then: an heir that is never heard of is lost."""
+        if self._state is not _State.RUNNING or not self._succession.awaits or now_s - self._handed_over_s <= self._patience.heir_s:
+            return []
+        return self._give_way("the replica that it has migrated to is not heard of", now_s)
+
+    def _take(self, owner: Owner, output: SequenceOutput, now_s: float) -> list[Command]:
+        """The word of the owner."""
+        lost_track = output.finish is FinishReason.ABORT or (output.finish is FinishReason.MOVED and output.peer is None)
+        if lost_track and output.choice in self._live:
             return self.lost(owner, f"{owner.replica_id} gave it up", now_s)
         have = self._live.get(output.choice)
         if have is None:
             return self._stale(owner, output, output.choice)
         if output.index > len(have):
-            reason = f"{owner.replica_id}: token {output.index} of choice {output.choice} came where {len(have)} was due"
-            return [Abort(owner, self.request_id, self.attempt, None), *self.lost(owner, reason, now_s, died=False)]
+            return self._give_way(
+                f"{owner.replica_id}: token {output.index} of choice {output.choice} came where {len(have)} was due", now_s
+            )
         self._state = _State.RUNNING
+        if output.peer is not None:
+            if output.finish is FinishReason.MOVED:
+                self._succession.hand(output.choice, Owner(*output.peer))
+            output = output._replace(finish=None, peer=None)
+            if not output.tokens:
+                return []
         if output.finish is FinishReason.DEADLINE and not self._begun:
             late = DeadlineExceeded("the deadline passed before the request had its turn")
             return [Abort(owner, self.request_id, self.attempt, None), *self._fail(late)]
         return self._deliver(owner, output, have, now_s)
+
+    def _hand_over(self, now_s: float) -> list[Command]:
+        """Whoever's turn has come is the owner from now on."""
+        commands: list[Command] = []
+        while self._state in (_State.SENDING, _State.RUNNING) and self.owner is not None:
+            heir = self._succession.next(self.owner, self._live)
+            if heir is None:
+                break
+            self.owner, attempt, self._handed_over_s = heir.owner, self.attempt, now_s
+            self._state = _State.RUNNING
+            for output in heir.parked:
+                if self._is_current(heir.owner, attempt):
+                    commands += self._take(heir.owner, output, now_s)
+        if self.owner in self._gone and not self.over:
+            reason, died = self._gone[self.owner]
+            commands += self.lost(self.owner, reason, now_s, died)
+        return commands
+
+    def _give_way(self, reason: str, now_s: float) -> list[Command]:
+        """The stream has a gap that will not be filled: the owner is to stop."""
+        if self.owner is None:
+            return []
+        return [Abort(self.owner, self.request_id, self.attempt, None), *self.lost(self.owner, reason, now_s, died=False)]
 
     # --- what the reader does ---
 
@@ -290,13 +350,12 @@ class Journal:
             self.unread.clear()
         if not ending:
             return []
-        owner = self.owner
-        waits = self._state is _State.ASKING
+        holders = self._holders()
         if not self._live:
             self._state = _State.OVER
         self.on_change()
-        if owner is not None and not waits:
-            return [Abort(owner, self.request_id, self.attempt, choice if self._live else None)]
+        if holders:
+            return [Abort(holder, self.request_id, self.attempt, choice if self._live else None) for holder in holders]
         return [] if self._live else [Withdraw(self.request_id)]
 
     def give_up(self, error: QuireError) -> list[Command]:
@@ -309,6 +368,16 @@ class Journal:
 
     def _is_current(self, owner: Owner, attempt: int) -> bool:
         return self._state in (_State.SENDING, _State.RUNNING) and owner == self.owner and attempt == self.attempt
+
+    def _has_moved_on(self, owner: Owner, attempt: int) -> bool:
+        """Whether `owner` was sent this attempt, and somebody else goes on with it already."""
+        return self._state is _State.RUNNING and attempt == self.attempt and owner == self._sent_to != self.owner
+
+    def _holders(self) -> tuple[Owner, ...]:
+        """Whoever computes this attempt, or may."""
+        if self.owner is None or self._state not in (_State.SENDING, _State.RUNNING):
+            return ()
+        return tuple(dict.fromkeys([self.owner, *self._succession.heirs()]))
 
     def _unwanted(self) -> list[Command]:
         """An answer to a question that is asked no more: the controller must not go on counting with the request."""
@@ -346,6 +415,8 @@ class Journal:
         if self.owner is not None and self.owner.replica_id not in self._avoid:
             self._avoid = (*self._avoid, self.owner.replica_id)
         self.owner = None
+        self._succession = Succession()
+        self._gone.clear()
         self._state = _State.ASKING
         self.attempt += 1
         if self._stuck_s is not None and now_s - self._stuck_s > self._patience.resume_s:

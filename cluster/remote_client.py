@@ -85,6 +85,7 @@ class IngressOptions:
     """What a client is told of the ingress that it works for.
 
     Attributes:
+        ingress_id: begins the name of each of its frame streams, so that a request that migrates finds the one that its outputs go to.
         ingress_id, seed: where the random numbers of requests without a seed come from; equal ones give equal numbers.
         limits: bounds on one request.
         prefix_cache: whether replicas keep pages findable, so that it helps to know a prompt's page hashes.
@@ -289,6 +290,7 @@ class RemoteEngineClient:
                 if not away:
                     log.warning("the controller does not answer: %s", error)
                 away = True
+            self._do(self._table.overdue(self._clock()))
             if self._clock() - renewed_s >= RENEW_S:
                 renewed_s = self._clock()
                 for link in self._links.values():
@@ -312,7 +314,7 @@ class RemoteEngineClient:
             port = self._connect(owner)
         except ReplicaLost:  # since the controller named it
             return
-        link = self._links[owner] = _Link(port, uuid.uuid4().hex)
+        link = self._links[owner] = _Link(port, f"{self._options.ingress_id}/{uuid.uuid4().hex}")
         self._table.connect(link.connection, owner)
         link.pull = asyncio.create_task(self._pull(owner, link))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..worker.protocol import EngineStats, ReplicaLost, unpack_frame
 from .journal import Abort, Ask, Command, Journal
-from .journal import Owner as Owner  # noqa: PLC0414 (it is what a stream belongs to)
+from .succession import Owner
 
 ABORT_AGAIN_S = 1.0  # outputs that are under way when an abort goes out are no reason for another
 
@@ -99,6 +99,10 @@ class StreamTable:
             commands += journal.lost(known.owner, reason, now_s, died)
             self.forget_ended(journal.request_id)
         return commands
+
+    def overdue(self, now_s: float) -> list[Command]:
+        """To be asked now and then: what to do about requests that have migrated to where nothing is heard of them."""
+        return [command for journal in list(self._journals.values()) for command in journal.overdue(now_s)]
 
     # --- requests that may be what replicas die of ---
 
