@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import msgpack
 import torch
 
 from .backend import device_of, kernels_of, linears_of, ops_of
@@ -17,6 +16,7 @@ from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
 from .model import DecoderModel, Progress
 from .model_config import ModelConfig
+from .packing import packb, unpackb
 from .parallel import RankGroup
 from .protocol import ModelInfo
 from .runner import FollowerRunner, LeaderRunner, ModelRunner
@@ -88,14 +88,14 @@ def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | 
         rank = _load_own(options, progress, group)
     except Exception as error:
         if group is not None:
-            group.exchange(msgpack.packb(((), str(error) or repr(error))))  # the other ranks wait to hear from this one
+            group.exchange(packb(((), str(error) or repr(error))))  # the other ranks wait to hear from this one
         raise
     return rank if group is None else _agreed(rank, group)
 
 
 def _agreed(mine: _Rank, group: RankGroup) -> _Rank:
     """Pages of every rank's pools: an id means the same page on all of them, so the rank that can hold least says how many."""
-    said = [msgpack.unpackb(answer) for answer in group.exchange(msgpack.packb(((mine.pages, mine.host_pages), "")))]
+    said = [unpackb(answer) for answer in group.exchange(packb(((mine.pages, mine.host_pages), "")))]
     for rank, (_, error) in enumerate(said):
         if error:
             raise ValueError(f"rank {rank}: {error}")

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-import msgpack
-
+from .packing import packb, unpackb
 from .plan import LinkEnd, Move, MoveKind, NewSequence, Row, StepPlan
 from .protocol import SamplingParams
 
@@ -33,12 +32,12 @@ def pack_step(plan: StepPlan, sampled: tuple[int, ...]) -> bytes:
     new = [(*n[:4], [getattr(n.params, name) for name in _PARAMS], n.seed) for n in plan.new]
     moves = [plan.moves, plan.settled, plan.links, plan.closed]
     message = [plan.step, plan.rows, new, plan.pages, plan.copies, plan.forget, moves, sampled]
-    return msgpack.packb(message, use_bin_type=True)  # type: ignore[no-any-return]
+    return packb(message)
 
 
 def pack_end() -> bytes:
     """There will be no further step."""
-    return msgpack.packb([])  # type: ignore[no-any-return]
+    return packb([])
 
 
 def unpack(data: bytes) -> Step | None:
@@ -48,8 +47,8 @@ def unpack(data: bytes) -> Step | None:
         BadMessage: it is neither.
     """
     try:
-        raw = msgpack.unpackb(data, use_list=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+        raw = unpackb(data)
+    except ValueError as error:
         raise BadMessage(f"not msgpack: {error}") from None
     if raw == ():
         return None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-import msgpack
+from .packing import packb, unpackb
 
 
 class QuireError(Exception):
@@ -148,7 +148,7 @@ class GenerateRequest:
 
     def to_wire(self) -> bytes:
         """This request as msgpack."""
-        return msgpack.packb(asdict(self), use_bin_type=True)  # type: ignore[no-any-return]
+        return packb(asdict(self))
 
     @staticmethod
     def from_wire(data: bytes) -> GenerateRequest:
@@ -158,8 +158,8 @@ class GenerateRequest:
             BadRequest: the bytes are not msgpack, or a field is unknown or missing.
         """
         try:
-            raw = msgpack.unpackb(data, strict_map_key=False, use_list=False)
-        except (ValueError, msgpack.UnpackException) as error:
+            raw = unpackb(data)
+        except ValueError as error:
             raise BadRequest("request", f"not msgpack: {error}") from None
         body = _known_fields("request", raw, GenerateRequest)
         body["params"] = SamplingParams(**_known_fields("params", body.get("params", {}), SamplingParams))
@@ -316,12 +316,12 @@ class EventFrame(NamedTuple):
 
 def pack_events(frame: EventFrame) -> bytes:
     """An event frame as msgpack arrays."""
-    return msgpack.packb(frame, use_bin_type=True)  # type: ignore[no-any-return]
+    return packb(frame)
 
 
 def unpack_events(data: bytes) -> EventFrame:
     """The inverse of `pack_events`."""
-    frame = EventFrame(*msgpack.unpackb(data, strict_map_key=False, use_list=False))
+    frame = EventFrame(*unpackb(data))
     return frame._replace(started=tuple(LiveRequest(*r) for r in frame.started), load=ReplicaLoad(*frame.load))
 
 
@@ -337,12 +337,12 @@ class Frame(NamedTuple):
 
 def pack_frame(frame: Frame) -> bytes:
     """A frame as msgpack arrays (field names do not travel)."""
-    return msgpack.packb(frame, use_bin_type=True)  # type: ignore[no-any-return]
+    return packb(frame)
 
 
 def unpack_frame(data: bytes) -> Frame:
     """The inverse of `pack_frame`."""
-    replica_id, epoch, number, outputs, stats = msgpack.unpackb(data, strict_map_key=False, use_list=False)
+    replica_id, epoch, number, outputs, stats = unpackb(data)
     return Frame(replica_id, epoch, number, tuple(map(_output, outputs)), EngineStats(*stats) if stats else None)
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import msgpack
+from .packing import packb, unpackb
 
 T = TypeVar("T")
 Read = Callable[[Any], Any]
@@ -25,7 +25,7 @@ class BadMessage(ValueError):
 
 def pack(record: Any) -> bytes:
     """A record as msgpack."""
-    return msgpack.packb(_plain(record), use_bin_type=True)  # type: ignore[no-any-return]
+    return packb(_plain(record))
 
 
 def unpack(kind: type[T], data: bytes) -> T:
@@ -35,8 +35,8 @@ def unpack(kind: type[T], data: bytes) -> T:
         BadMessage: the bytes are not a record of that kind.
     """
     try:
-        raw = msgpack.unpackb(data, use_list=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+        raw = unpackb(data)
+    except ValueError as error:
         raise BadMessage(f"{kind.__name__}: not msgpack: {error}") from None
     return reader(kind)(raw)  # type: ignore[no-any-return]
 

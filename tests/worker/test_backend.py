@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SIZES, random_model
-from transformers import LlamaConfig
+from tiny_models import tiny_checkpoint
 
 from quire import LLM, SamplingParams
 from quire.kernels import cpu, launch, reference
@@ -57,14 +56,7 @@ def test_ops_by_name():
 @pytest.mark.slow
 def test_the_engine_on_triton_gives_the_tokens_of_torch(tmp_path: Path):
     """Prefill in chunks, decode, mixed steps, a shared prefix, and a pool so small that a sequence is preempted."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    random_model(LlamaConfig(**{**SIZES, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2})).save_pretrained(tmp_path)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:97]
-    text = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    text.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=text).save_pretrained(tmp_path)
+    tiny_checkpoint(tmp_path)
     prompts = [[(7 * i + j) % 97 for j in range(n)] for i, n in enumerate((20, 3, 33))]
     prompts.append([*prompts[2][:32], 5])
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)

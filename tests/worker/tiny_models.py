@@ -43,6 +43,19 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def tiny_checkpoint(path: Path) -> Path:
+    """A directory with a Llama of two layers whose heads Triton's kernels can read (16 dimensions), and a tokenizer of letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    random_model(LlamaConfig(**{**SIZES, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2})).save_pretrained(path)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: SIZES["vocab_size"]]
+    text = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    text.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=text).save_pretrained(path)
+    return path
+
+
 def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return lambda x: F.linear(x, weight, bias)
 
