@@ -113,7 +113,7 @@ class GlobalScheduler:
         """Takes in what a replica reports, for the router, too."""
         self._at(now_s)
         self._router.events(frame, now_s)
-        for tenant, tokens in self._running.take(frame).items():
+        for tenant, tokens in self._running.take(frame, now_s).items():
             self._counters.charge_output(tenant, tokens)
             self._tenant(tenant).use_tokens(tokens, now_s)
         self._settle_changed()

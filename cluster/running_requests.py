@@ -3,6 +3,9 @@
 It is told what is sent, and learns the rest from the replicas' event frames: what has started and ended, and how many output
 tokens each tenant got. After a controller's restart it knows only what the replicas say they have, and that is enough. It keeps
 the tenants' counts of running requests and of pages.
+
+A request that migrates is the same attempt, and is counted once: from when its source says that it has moved until its destination
+says that it runs there, or the other way round, whichever is heard first.
 """
 
 from __future__ import annotations
@@ -20,12 +23,19 @@ KEPT_COUNTS = 2048  # tenants that a replica no longer names, of which its last 
 
 @dataclass(slots=True)
 class _Request:
-    """`attempt` is -1 when only a replica's word is known of it."""
+    """`attempt` is -1 when only a replica's word is known of it.
+
+    `named` are other replicas that say they have it: it may have migrated there, or be left there from an earlier attempt. `left` is
+    its output when the replica of `route` said that it had moved, and nobody was known to have it; `over` that another one has ended it.
+    """
 
     tenant: str
     attempt: int
     route: Route
     pages: int
+    named: list[Route] = field(default_factory=list)
+    left: int | None = None
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -75,24 +85,17 @@ class RunningRequests:
 
     def release(self, request_id: str, output_tokens: int = 0) -> None:
         """It runs no longer, and had so many output tokens."""
-        request = self._requests.pop(request_id, None)
+        request = self._requests.get(request_id)
         if request is None:
             return
+        self._take_out(request_id, request, output_tokens or request.left or 0)
+        del self._requests[request_id]
         self._changed.add(request.tenant)
-        self._unstarted.pop(request_id, None)
-        tenant, life = self._tenant(request.tenant), self._lives[request.route.replica_id]
+        tenant = self._tenant(request.tenant)
         tenant.running -= 1
         tenant.prompt_pages -= request.pages
-        del life.requests[request_id]
-        life.running[request.tenant] -= 1
-        if life.running[request.tenant]:
-            self._grow(life, request.tenant, -output_tokens)
-        else:  # whatever has been miscounted ends here
-            self._grow(life, request.tenant, -life.outputs.get(request.tenant, 0))
-            del life.running[request.tenant]
-            life.outputs.pop(request.tenant, None)
 
-    def take(self, frame: EventFrame) -> dict[str, int]:
+    def take(self, frame: EventFrame, now_s: float) -> dict[str, int]:
         """What the replica reports: tenant -> output tokens that are new. Frames of an ended life, and overtaken ones, say nothing.
 
         The first frame of a life only says from where to count: what it was before, somebody else has charged.
@@ -111,7 +114,7 @@ class RunningRequests:
         if frame.dump:
             self._drop_unnamed(life, frame)
         for request_id, output_tokens in frame.ended:  # before what has started: an id in both lives again
-            self._end(frame, request_id, output_tokens)
+            self._end(frame, request_id, output_tokens, now_s)
         for live in frame.started:
             self._start(frame, life, live)
         if frame.dump:
@@ -138,42 +141,101 @@ class RunningRequests:
         return next(iter(self._unstarted.values())) + START_TIMEOUT_S if self._unstarted else None
 
     def _begin(self, replica_id: str, epoch: int) -> _Life:
-        for request_id in list(self._lives[replica_id].requests) if replica_id in self._lives else ():
-            self.release(request_id)
+        before = self._lives.get(replica_id)
+        for request_id in list(before.requests) if before else ():
+            self._leave(request_id, 0)
         life = self._lives[replica_id] = _Life(epoch)
         return life
 
     def _enter(self, request_id: str, request: _Request) -> None:
-        route = request.route
-        life = self._lives.get(route.replica_id)
-        if life is None or life.epoch < route.epoch:
-            life = self._begin(route.replica_id, route.epoch)
+        self._put_in(request_id, request, 0)
         self._requests[request_id] = request
-        life.requests[request_id] = None
-        life.running[request.tenant] = life.running.get(request.tenant, 0) + 1
         tenant = self._tenant(request.tenant)
         self._changed.add(request.tenant)
         tenant.running += 1
         tenant.prompt_pages += request.pages
 
-    def _start(self, frame: EventFrame, life: _Life, live: LiveRequest) -> None:
-        known = self._requests.get(live.request_id)
-        if known is None:
-            route, tenant = Route(frame.replica_id, frame.epoch), self._tenant(live.tenant)
-            self._enter(live.request_id, _Request(live.tenant, -1, route, tenant.pages_for(live.prompt_tokens, live.sequences)))
-        elif known.route == (frame.replica_id, frame.epoch):
-            self._unstarted.pop(live.request_id, None)
+    def _put_in(self, request_id: str, request: _Request, output_tokens: int) -> None:
+        """It stands in the life of its route, with so much output."""
+        route = request.route
+        life = self._lives.get(route.replica_id)
+        if life is None or life.epoch < route.epoch:
+            life = self._begin(route.replica_id, route.epoch)
+        life.requests[request_id] = None
+        life.running[request.tenant] = life.running.get(request.tenant, 0) + 1
+        self._grow(life, request.tenant, output_tokens)
 
-    def _end(self, frame: EventFrame, request_id: str, output_tokens: int) -> None:
-        known = self._requests.get(request_id)
-        if known is not None and known.route == (frame.replica_id, frame.epoch):
+    def _take_out(self, request_id: str, request: _Request, output_tokens: int) -> int:
+        """The inverse of `_put_in`; how much of the output had been counted."""
+        self._unstarted.pop(request_id, None)
+        life = self._lives[request.route.replica_id]
+        del life.requests[request_id]
+        counted = min(output_tokens, life.outputs.get(request.tenant, 0))
+        life.running[request.tenant] -= 1
+        if life.running[request.tenant]:
+            self._grow(life, request.tenant, -counted)
+        else:  # whatever has been miscounted ends here
+            self._grow(life, request.tenant, -life.outputs.get(request.tenant, 0))
+            del life.running[request.tenant]
+            life.outputs.pop(request.tenant, None)
+        return counted
+
+    def _leave(self, request_id: str, output_tokens: int) -> None:
+        """Its replica has it no longer: it is where another one says it is, or nowhere."""
+        request = self._requests[request_id]
+        others = [r for r in request.named if (life := self._lives[r.replica_id]).epoch == r.epoch and not life.lost]
+        if others:
+            self._go_on(request_id, request, others[-1], output_tokens)
+        else:
             self.release(request_id, output_tokens)
 
+    def _go_on(self, request_id: str, request: _Request, route: Route, output_tokens: int) -> None:
+        """It has migrated. Its tenant's counts stay what they are."""
+        counted = self._take_out(request_id, request, output_tokens)
+        request.route, request.left, request.over = route, None, False
+        request.named = [r for r in request.named if r != route]
+        self._put_in(request_id, request, counted)
+
+    def _start(self, frame: EventFrame, life: _Life, live: LiveRequest) -> None:
+        known, route = self._requests.get(live.request_id), Route(frame.replica_id, frame.epoch)
+        if known is None:
+            tenant = self._tenant(live.tenant)
+            self._enter(live.request_id, _Request(live.tenant, -1, route, tenant.pages_for(live.prompt_tokens, live.sequences)))
+        elif known.route == route:
+            known.left = None  # it may have come back
+            self._unstarted.pop(live.request_id, None)
+        elif known.left is not None:
+            self._go_on(live.request_id, known, route, known.left)
+        elif route not in known.named:
+            known.named.append(route)
+
+    def _end(self, frame: EventFrame, request_id: str, output_tokens: int, now_s: float) -> None:
+        known, route = self._requests.get(request_id), Route(frame.replica_id, frame.epoch)
+        if known is None:
+            return
+        moved = request_id in frame.moved
+        if known.route != route and known.left is not None and not moved:
+            self.release(request_id, known.left)  # it went there, and ended before that was told
+        elif known.route != route:
+            known.over |= not moved
+            known.named = [r for r in known.named if r != route]
+        elif not moved:
+            self.release(request_id, output_tokens)
+        elif known.named or known.over:
+            self._leave(request_id, output_tokens)
+        else:
+            known.left = output_tokens
+            self._unstarted.pop(request_id, None)
+            self._unstarted[request_id] = now_s  # as if it had been sent
+
     def _drop_unnamed(self, life: _Life, frame: EventFrame) -> None:
-        """A dump names all that live: what had started and is not in it has ended."""
-        named = {live.request_id for live in frame.started}
+        """A dump names all that live: what had started and is not in it has ended, or moved."""
+        named, route = {live.request_id for live in frame.started}, Route(frame.replica_id, frame.epoch)
         for request_id in [r for r in life.requests if r not in named and r not in self._unstarted]:
-            self.release(request_id)
+            self._leave(request_id, 0)
+        for request_id, request in self._requests.items():
+            if request_id not in named and route in request.named:
+                request.named.remove(route)
 
     def _recount(self, life: _Life, lives: tuple[LiveRequest, ...]) -> None:
         """A dump says exactly what the running requests have generated."""

@@ -289,6 +289,7 @@ class Engine:
             changes.ended,
             served,
             self.load(),
+            changes.moved,
         )
 
     def _retry_after_s(self) -> float:

@@ -25,6 +25,7 @@ class _Kind(Enum):
     REMOVED = auto()
     STARTED = auto()
     ENDED = auto()
+    MOVED = auto()
 
 
 class Changes(NamedTuple):
@@ -34,6 +35,7 @@ class Changes(NamedTuple):
     removed: tuple[bytes, ...]
     started: tuple[str, ...]  # ids of requests that live
     ended: tuple[tuple[str, int], ...]
+    moved: tuple[str, ...] = ()  # ids whose latest end was a move to another replica
 
 
 @dataclass(slots=True)
@@ -79,8 +81,8 @@ class EventLog:
         self._tenants[tenant].live += 1
         self._append(_Kind.STARTED, request_id)
 
-    def ended(self, request_id: str, tenant: str, output_tokens: int, served_tokens: int) -> None:
-        """A request ended with `output_tokens` in all, `served_tokens` of them generated here."""
+    def ended(self, request_id: str, tenant: str, output_tokens: int, served_tokens: int, moved: bool = False) -> None:
+        """A request ended with `output_tokens` in all, `served_tokens` of them generated here; when it has `moved`, here only."""
         entry = self._tenants[tenant]
         entry.live -= 1
         entry.tokens += served_tokens
@@ -89,7 +91,7 @@ class EventLog:
             self._idle[tenant] = _Idle(entry.tokens, self.next)
             if len(self._idle) > IDLE_TENANTS:
                 self._idle.popitem(last=False)
-        self._append(_Kind.ENDED, request_id, output_tokens)
+        self._append(_Kind.MOVED if moved else _Kind.ENDED, request_id, output_tokens)
 
     def _append(self, kind: _Kind, key: bytes | str, tokens: int = 0) -> None:
         self._entries.append((kind, key, tokens))
@@ -104,6 +106,7 @@ class EventLog:
         pages: dict[bytes, _Kind] = {}
         started: dict[str, None] = {}
         ended: list[tuple[str, int]] = []
+        moved: dict[str, bool] = {}
         for kind, key, tokens in reversed(list(islice(reversed(self._entries), self.next - after))):
             if isinstance(key, bytes):
                 if pages.pop(key, None) is None:  # storing and removing alternate: two of them leave what was there before
@@ -113,9 +116,10 @@ class EventLog:
             else:
                 started.pop(key, None)
                 ended.append((key, tokens))
+                moved[key] = kind is _Kind.MOVED
         stored = tuple(h for h, kind in pages.items() if kind is _Kind.STORED)
         removed = tuple(h for h, kind in pages.items() if kind is _Kind.REMOVED)
-        return Changes(stored, removed, tuple(started), tuple(ended))
+        return Changes(stored, removed, tuple(started), tuple(ended), tuple(key for key, away in moved.items() if away))
 
     def served(self, after: int | None, live_tokens: dict[str, int]) -> dict[str, int]:
         """Output tokens of each tenant that has a live request, or had one since `after` (None: that is remembered at all).

@@ -312,6 +312,7 @@ class EventFrame(NamedTuple):
     ended: tuple[tuple[str, int], ...]  # (request id, its output tokens) of requests that ended
     served: dict[str, int]  # tenant -> output tokens generated for it in this life, of tenants with a live or recent request
     load: ReplicaLoad
+    moved: tuple[str, ...] = ()  # ids in `ended` that ended here only, and go on at another replica
 
 
 def pack_events(frame: EventFrame) -> bytes:

@@ -125,7 +125,8 @@ class Roster:
             self.emigrants.pop(s.request_id, None)
             self._expiring.pop(s.request_id, None)
             total = request.ended_tokens
-            self.pool.events.ended(s.request_id, request.tenant, total, total - request.resumed_tokens)
+            here, moved = total - request.resumed_tokens, reason is FinishReason.MOVED
+            self.pool.events.ended(s.request_id, request.tenant, total, here, moved)
         self._release_followers(s)
         return SequenceOutput(s.request_id, s.choice, s.num_output, (), reason, error=error)
 

@@ -42,6 +42,16 @@ def test_an_id_that_is_used_again_has_ended_and_started():
     assert log.since(1) == Changes((), (), ("r",), (("r", 3),))
 
 
+def test_a_request_that_moves_away_is_told_apart_from_one_that_is_over():
+    log = EventLog()
+    log.started("r", "t")
+    log.ended("r", "t", 3, 3, moved=True)
+    assert log.since(0) == Changes((), (), (), (("r", 3),), ("r",))
+    log.started("r", "t")  # it comes back
+    log.ended("r", "t", 5, 2)
+    assert log.since(0) == Changes((), (), (), (("r", 3), ("r", 5)), ())
+
+
 def test_who_is_too_far_behind_or_ahead_or_new_gets_no_changes():
     log = EventLog(capacity=2)
     for page_hash in (A, B, C):
