@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     pages: int
     host_pages: int
     page_bytes: int  # on all ranks together
+    kv_format: str  # what pages hold: only between replicas that say the same can they move
 
 
 class _Rank(NamedTuple):
@@ -70,7 +71,8 @@ def build_runner(
     info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
     sampler = Sampler(config.eos_token_ids, config.vocab_size)
     runner = ModelRunner(rank.model, _pool(rank, options), sampler, _max_running(options), config.max_model_len)
-    sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp)
+    kv_format = f"{config.num_layers} layers, {config.num_kv_heads} heads of {config.head_dim}, {rank.page.dtype}"
+    sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp, kv_format)
     return (runner if group is None else LeaderRunner(runner, group)), sizes
 
 

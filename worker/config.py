@@ -96,6 +96,16 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrationOptions:
+    """How requests move between replicas."""
+
+    migration_bandwidth: int = option(
+        2**30, "bytes/s of pages that one replica sends to others, so that neighbours do not notice", kind="bytes"
+    )
+    max_migrations: int = option(4, "requests that leave one replica at once, and that arrive at one; more wait")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """All that one replica is told."""
 
@@ -104,6 +114,7 @@ class EngineOptions:
     scheduler: SchedulerOptions = SchedulerOptions()
     limits: LimitOptions = LimitOptions()
     parallel: ParallelOptions = ParallelOptions()
+    migration: MigrationOptions = MigrationOptions()
 
 
 @dataclass(frozen=True, slots=True)

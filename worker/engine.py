@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from .config import EngineOptions
 from .door import Door
 from .events import Changes
+from .migration_wire import Format, Offer
 from .page_pool import PagePool
 from .plan import MemoryBytes, Moved, StepPlan, StepResult
 from .protocol import (
@@ -29,6 +30,8 @@ from .protocol import (
 )
 from .scheduler import Scheduler
 from .sequence import Request, Sequence, sequence_seed
+from .snapshot import SequenceSnapshot
+from .station import Placed
 
 if TYPE_CHECKING:
     from .parallel import RankGroup
@@ -88,6 +91,7 @@ class Engine:
         max_waiting: sequences that may wait.
         seed: where the seeds of requests without one come from.
         page_bytes: of one page, all ranks together.
+        kv_format: what pages hold; only between engines that say the same can they move.
         clock: seconds, monotonic.
     """
 
@@ -100,15 +104,17 @@ class Engine:
         max_waiting: int,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        page_bytes: int = 0,
+        page_bytes: int = 1,
+        kv_format: str = "",
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.door = door
         self.info = info
+        self.page_bytes = page_bytes
+        self.page_format = Format(info.name, info.page_size, kv_format)
         self._max_waiting = max_waiting
         self._seed = seed
-        self._page_bytes = page_bytes
         self._arrivals = 0
         self._sequences = 0
         self._step_s = 0.0
@@ -147,6 +153,7 @@ class Engine:
                 sequences,
                 self._deadline_s(request),
                 resumed_tokens=sum(s.resumed for s in sequences.values()),
+                trace=request.trace,
             )
         )
         if self.spans is not None:
@@ -155,8 +162,68 @@ class Engine:
 
     def room(self) -> int:
         """Sequences that may be submitted now: free places in the queue and among those that run."""
-        scheduler = self.scheduler
-        return self._max_waiting - scheduler.num_waiting + scheduler.max_running - len(scheduler.running) - len(scheduler.arriving)
+        return self._max_waiting - self.scheduler.num_waiting + self.scheduler.free_places()
+
+    def snapshot(self, s: Sequence, attempt: int) -> SequenceSnapshot:
+        """A sequence as it stands."""
+        computed = s.num_computed if s.pages else 0
+        return SequenceSnapshot(
+            s.request_id,
+            attempt,
+            s.priority,
+            s.choice,
+            tuple(s.tokens),
+            s.prompt_len,
+            s.params,
+            s.max_tokens,
+            s.seed,
+            s.cached_tokens,
+            computed,
+        )
+
+    def arrive(self, offer: Offer, sequences: tuple[SequenceSnapshot, ...], ended_tokens: int, placed: dict[int, Placed]) -> None:
+        """Go on with a request that another replica has begun, from where its sequences stand now; those in `placed` run at once."""
+        first = sequences[0]
+        self._arrivals += 1
+        leaders: dict[int, Sequence] = {}  # by prompt: who computes it for those that have no token yet
+        arrived: dict[int, Sequence] = {}
+        for snapshot in sequences:
+            s = self._revived(snapshot, self.scheduler.pool.root(offer.tenant))
+            if s.choice not in placed and not s.num_output:
+                s.leader = leaders.get(s.choice // s.params.n)
+                leaders.setdefault(s.choice // s.params.n, s)
+            arrived[s.choice] = s
+        deadline_s = None if offer.deadline_ms is None or placed else self._clock() + offer.deadline_ms / 1000
+        came_tokens = ended_tokens + sum(s.num_output for s in arrived.values())
+        request = Request(
+            first.request_id,
+            offer.tenant,
+            first.priority,
+            offer.prompt_tokens,
+            arrived,
+            deadline_s,
+            ended_tokens,
+            came_tokens,
+            offer.trace,
+        )
+        self.scheduler.arrive(request, placed)
+
+    def _revived(self, snapshot: SequenceSnapshot, root: bytes) -> Sequence:
+        self._sequences += 1
+        return Sequence(
+            self._sequences - 1,
+            snapshot.request_id,
+            snapshot.choice,
+            list(snapshot.tokens),
+            snapshot.prompt_len,
+            snapshot.params,
+            snapshot.max_tokens,
+            snapshot.seed,
+            root,
+            (snapshot.priority, self._arrivals, snapshot.choice),
+            resumed=len(snapshot.tokens) - snapshot.prompt_len,
+            cached_tokens=snapshot.cached_tokens,
+        )
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""
@@ -235,7 +302,7 @@ class Engine:
             host_pages_cached=host.cached,
             host_pages_active=host.active,
             host_hit_tokens=c.host_hit_tokens,
-            moved_bytes={kind.value: count * self._page_bytes for kind, count in self.scheduler.moves.moved_pages.items()},
+            moved_bytes={kind.value: count * self.page_bytes for kind, count in self.scheduler.moves.moved_pages.items()},
             stall_seconds=c.stall_s,
             predicted_seconds=dict(decisions.predicted_s),
             actual_seconds=dict(decisions.actual_s),
@@ -367,4 +434,5 @@ def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | N
         scheduler_options.max_waiting,
         options.model.seed,
         page_bytes=sizes.page_bytes,
+        kv_format=sizes.kv_format,
     )

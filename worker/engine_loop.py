@@ -13,43 +13,25 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from .engine import Engine
 from .migration_wire import MigrationResult, Outcome, Peer
+from .migrator import Mail
 from .protocol import (
     BadRequest,
     EngineStats,
     EventFrame,
-    Frame,
     GenerateRequest,
     LiveRequest,
     ReplicaLost,
-    SequenceOutput,
-    pack_frame,
 )
+from .subscriptions import Deliver, Subscriptions
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Deliver = Callable[[bytes], None]
-
-
-class _Subscriber:
-    """One ingress: where its frames go, and which requests are its own."""
-
-    def __init__(self, deliver: Deliver) -> None:
-        self.deliver = deliver
-        self.number = 0
-        self.requests: dict[str, int] = {}  # request id -> sequences still alive
-
-
-class Mail(NamedTuple):
-    """How this replica is reached by others, and reaches them: `send` gives a message to the replica whose actor has that name, on the
-    engine thread, without waiting; it may be lost."""
-
-    address: str
-    send: Callable[[str, bytes], None]
+MIGRATION_TICK_S = 0.01  # between two looks at migrations while nothing else is done
 
 
 class EngineLoop:
@@ -83,9 +65,8 @@ class EngineLoop:
         self._beat_s = clock()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
-        self._subscribers: dict[str, _Subscriber] = {}
-        self._owner: dict[str, str] = {}  # request id -> ingress
-        self._attempt: dict[str, int] = {}  # request id -> its latest attempt
+        self._subscriptions = Subscriptions(replica_id, epoch)
+        self._migrator = None if mail is None else mail.migrator(engine, self._subscriptions, clock)
         self._pollers: list[tuple[int | None, Future[EventFrame]]] = []  # who waits for news since which number
         self._step_began_s: float | None = None
         self._stopping = False
@@ -165,13 +146,24 @@ class EngineLoop:
 
         Answered when it is over, with whatever came of it; with ReplicaLost when this replica is gone.
         """
-        return self._ask(lambda: MigrationResult(Outcome.REFUSED, reason="migration is not there yet"))
+        answer: Future[MigrationResult] = Future()
+        self._ask(partial(self._migrate, request_id, to, fill, answer)).add_done_callback(partial(_pass_on_error, answer))
+        return answer
+
+    def relief(self, to: Peer | None, pages: int, handshake_s: float) -> None:
+        """Where a victim may go when pages run out here, until told otherwise: to `to`, which has so many pages to spare; None: nowhere."""
+        if self._migrator is not None:
+            self._post(partial(self._migrator.set_relief, to, pages, handshake_s))
 
     def heard(self, data: bytes) -> None:
         """A message from another replica's `Mail.send`."""
+        if self._migrator is not None:
+            self._post(partial(self._migrator.hear, data))
 
     def peer_lost(self, actor: str) -> None:
-        """The actor of that name is dead for good."""
+        """The replica whose actor has that name is dead for good."""
+        if self._migrator is not None:
+            self._post(partial(self._migrator.peer_died, actor))
 
     def step_s(self) -> float:
         """Seconds that the step has taken so far that is being computed now; 0.0 when none is."""
@@ -207,14 +199,18 @@ class EngineLoop:
         """What has come in, one step, and what goes out after it. The thread calls it again and again; a simulation in its stead."""
         while self._inbox:
             self._inbox.popleft()()
+        if self._migrator is not None:
+            self._migrator.advance()
         self._step_began_s = self._clock()
         outputs = self._engine.step()
         self._step_began_s = None
+        if self._migrator is not None:
+            outputs = self._migrator.take_outputs() + outputs
         now_s = self._clock()
         due = now_s - self._beat_s >= self._heartbeat_s
         self._stats = self._engine.stats()
         if outputs or due:
-            self._send(outputs, self._stats if due else None)
+            self._subscriptions.send(outputs, self._stats if due else None)
         if due:
             self._beat_s = now_s
         if self._pollers:
@@ -226,7 +222,7 @@ class EngineLoop:
                 self._wake.clear()
                 self.turn()
                 if self._engine.resting:
-                    self._wake.wait(max(self._heartbeat_s - (self._clock() - self._beat_s), 0.0))
+                    self._wake.wait(self._pause_s())
         except BaseException as error:
             log.exception("replica %s: the engine died", self._replica_id)
             self.dead = error
@@ -239,6 +235,13 @@ class EngineLoop:
             for _, answer in self._pollers:
                 if answer.set_running_or_notify_cancel():
                     answer.set_exception(ReplicaLost(f"replica {self._replica_id} is gone"))
+            if self._migrator is not None:
+                self._migrator.abandon()
+
+    def _pause_s(self) -> float:
+        """How long nothing need be done, if nothing comes in."""
+        until_beat_s = max(self._heartbeat_s - (self._clock() - self._beat_s), 0.0)
+        return min(until_beat_s, MIGRATION_TICK_S) if self._migrator is not None and self._migrator.busy else until_beat_s
 
     def _tell_news(self) -> None:
         pollers, self._pollers = self._pollers, []
@@ -248,69 +251,48 @@ class EngineLoop:
             elif answer.set_running_or_notify_cancel():
                 answer.set_result(self._engine.events(self._replica_id, self._epoch, after))
 
-    def _send(self, outputs: list[SequenceOutput], stats: EngineStats | None) -> None:
-        mine: dict[str, list[SequenceOutput]] = {}
-        for output in outputs:
-            ingress = self._owner.get(output.request_id)
-            if ingress is None:
-                continue
-            attempt = self._attempt[output.request_id]
-            mine.setdefault(ingress, []).append(output._replace(attempt=attempt) if attempt else output)
-            if output.finish is not None:
-                self._count_end(ingress, output.request_id)
-        for name in self._subscribers if stats is not None else mine:
-            self._send_one(self._subscribers[name], mine.get(name, []), stats)
-
-    def _send_one(self, to: _Subscriber, outputs: list[SequenceOutput], stats: EngineStats | None) -> None:
-        to.deliver(pack_frame(Frame(self._replica_id, self._epoch, to.number, tuple(outputs), stats)))
-        to.number += 1
-
-    def _count_end(self, ingress: str, request_id: str) -> None:
-        requests = self._subscribers[ingress].requests
-        requests[request_id] -= 1
-        if requests[request_id] == 0:
-            del requests[request_id], self._owner[request_id], self._attempt[request_id]
-
     def _subscribe(self, ingress: str, deliver: Deliver) -> None:
         self._unsubscribe(ingress)
-        self._subscribers[ingress] = _Subscriber(deliver)
-        self._send_one(self._subscribers[ingress], [], self._engine.stats())
+        self._subscriptions.open(ingress, deliver, self._engine.stats())
 
     def _unsubscribe(self, ingress: str) -> None:
-        subscriber = self._subscribers.pop(ingress, None)
-        for request_id in subscriber.requests if subscriber else ():
+        for request_id in self._subscriptions.close(ingress):
             self._engine.abort(request_id)
-            del self._owner[request_id], self._attempt[request_id]
 
     def _submit(self, ingress: str, request: GenerateRequest) -> None:
-        if self._stopping or ingress not in self._subscribers:
+        if self._stopping or ingress not in self._subscriptions:
             raise ReplicaLost(f"replica {self._replica_id} has no stream to ingress {ingress!r}")
-        attempt = self._attempt.get(request.request_id)
+        attempt = self._subscriptions.attempt(request.request_id)
         if attempt is not None:
-            if request.attempt == attempt and self._owner[request.request_id] == ingress:
+            if request.attempt == attempt and self._subscriptions.reads(ingress, request.request_id):
                 return  # the same message once more
             if request.attempt <= attempt:
                 raise BadRequest("request_id", f"{request.request_id!r} is in use")
-            self._forget(request.request_id)  # its ingress has lost sight of that attempt
+            self._engine.abort(request.request_id)  # its ingress has lost sight of that attempt
+            self._subscriptions.forget(request.request_id)
         request = self._engine.submit(request)
-        self._owner[request.request_id] = ingress
-        self._attempt[request.request_id] = request.attempt
-        self._subscribers[ingress].requests[request.request_id] = len(request.choices)
-
-    def _forget(self, request_id: str) -> None:
-        self._engine.abort(request_id)
-        del self._subscribers[self._owner[request_id]].requests[request_id]
-        del self._owner[request_id], self._attempt[request_id]
+        self._subscriptions.claim(request.request_id, ingress, request.attempt, len(request.choices))
 
     def _abort(self, request_id: str, choice: int | None, attempt: int) -> None:
-        if self._attempt.get(request_id) != attempt:
+        if self._subscriptions.attempt(request_id) != attempt:
             return
         outputs = self._engine.abort(request_id, choice)
         if outputs:
-            self._send(outputs, None)
+            self._subscriptions.send(outputs, None)
+
+    def _migrate(self, request_id: str, to: Peer, fill: bool, answer: Future[MigrationResult]) -> None:
+        if self._migrator is None:
+            _give(answer, MigrationResult(Outcome.REFUSED, reason="this replica reaches no others"))
+        else:
+            self._migrator.migrate(request_id, to, fill, partial(_give, answer))
 
 
-def _pass_on_error(answer: Future[EventFrame], asked: Future[None]) -> None:
+def _give(answer: Future[T], result: T) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(result)
+
+
+def _pass_on_error(answer: Future[Any], asked: Future[None]) -> None:
     error = asked.exception()
     if error is not None and answer.set_running_or_notify_cancel():
         answer.set_exception(error)

@@ -44,6 +44,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start_timeout_s": (1, 86400),
     "tp": (1, 1024),
     "step_timeout_s": (1, 86400),
+    "migration_bandwidth": (1, 2**60),
+    "max_migrations": (1, 256),
     "ingresses": (1, 256),
     "admin_port": (0, 65535),
     "replicas": (1, 4096),

@@ -53,6 +53,9 @@ class Roster:
         self.running: list[Sequence] = []  # in scheduling order
         self.arriving: list[Sequence] = []
         self.waiting: list[Sequence] = []  # in scheduling order
+        self.frozen: list[Sequence] = []
+        self._lists = {State.RUNNING: self.running, State.ARRIVING: self.arriving, State.WAITING: self.waiting, State.FROZEN: self.frozen}
+        self.pins: dict[str, list[int]] = {}  # who has pages held, beside sequences and moves -> those pages
         self._sequences: dict[int, Sequence] = {}
         self._requests: dict[str, Request] = {}
         self._expiring: dict[str, float] = {}  # request of which nothing has started -> its deadline
@@ -106,7 +109,7 @@ class Roster:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no place yet, followers included."""
-        return len(self._sequences) - len(self.running) - len(self.arriving)
+        return len(self._sequences) - len(self.running) - len(self.arriving) - len(self.frozen)
 
     def idle(self) -> bool:
         """No sequence is alive."""
@@ -159,10 +162,10 @@ class Roster:
 
     def _leave(self, s: Sequence) -> None:
         """Take `s` out of the list it is in, and give back what it holds."""
-        if s.state is State.FOLLOWING and s.leader is not None:
+        if s.leader is not None and s in s.leader.followers:
             s.leader.followers.remove(s)
-        else:
-            {State.RUNNING: self.running, State.ARRIVING: self.arriving}.get(s.state, self.waiting).remove(s)
+        if s.state is not State.FOLLOWING:
+            self._lists[s.state].remove(s)
         if s.arrival is not None:
             self.pool.release(s.arrival.shared())
             s.arrival = None
@@ -183,8 +186,9 @@ class Roster:
 
     def _release_followers(self, s: Sequence) -> None:
         for follower in s.followers:
-            follower.state = State.WAITING
-            insort(self.waiting, follower, key=_ORDER)
+            if follower.state is State.FOLLOWING:
+                follower.state = State.WAITING
+                insort(self.waiting, follower, key=_ORDER)
         s.followers.clear()
 
     # --- what there is ---
@@ -196,7 +200,7 @@ class Roster:
                 r.request_id,
                 r.tenant,
                 r.priority,
-                "running" if any(s.state in (State.RUNNING, State.ARRIVING) for s in r.sequences.values()) else "waiting",
+                "running" if any(s.table for s in r.sequences.values()) else "waiting",
                 len(r.sequences),
                 r.prompt_tokens,
                 r.output_tokens,
@@ -228,15 +232,19 @@ class Roster:
         """
         sequences = self._sequences.values()
         arrivals = [s.arrival for s in sequences if s.arrival is not None]
-        self.pool.check([*(s.pages for s in sequences), *(arrival.shared() for arrival in arrivals), *self.moves.held()])
+        held = [*(s.pages for s in sequences), *(arrival.shared() for arrival in arrivals), *self.moves.held(), *self.pins.values()]
+        self.pool.check(held)
         self.host.pages.check([*(s.kept.pages for s in sequences if s.kept is not None), *self.host.held()])
-        for some, state in ((self.running, State.RUNNING), (self.arriving, State.ARRIVING), (self.waiting, State.WAITING)):
-            if any(s.state is not state for s in some):
-                raise RuntimeError(f"a sequence that is not {state.name} is listed as such")
-            if [s.order for s in some] != sorted(s.order for s in some):
+        listed = 0
+        for state in (State.RUNNING, State.ARRIVING, State.WAITING, State.FROZEN):
+            some = [s for s in sequences if s.state is state]
+            listed += len(some)
+            if len(self._lists[state]) != len(some) or any(s.state is not state for s in self._lists[state]):
+                raise RuntimeError(f"a sequence that is not {state.name} is listed as such, or one that is is not")
+            if state is not State.FROZEN and [s.order for s in self._lists[state]] != sorted(s.order for s in some):
                 raise RuntimeError(f"the {state.name} list is out of order")
         following = sum(s.state is State.FOLLOWING for s in sequences)
-        if len(self.running) + len(self.arriving) + len(self.waiting) + following != len(sequences):
+        if listed + following != len(sequences):
             raise RuntimeError("a sequence is in no list, or in two")
         if any(s.pages for s in (*self.waiting, *self.arriving)):
             raise RuntimeError("a sequence that does not run has pages to run on")

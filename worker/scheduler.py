@@ -32,7 +32,7 @@ from .plan import NewSequence, Row, Sampled, StepPlan, StepResult
 from .pressure import DECIDE, Action, Decision, Reason, give_way, make_way, relieve
 from .protocol import FinishReason, SequenceOutput, TokenLogprob
 from .sequence import Sequence, State
-from .swapping import Swapping
+from .station import Station
 
 _ANY = 2**31  # above every priority
 
@@ -56,7 +56,7 @@ class _Room:
         return self.places > 0 and self.tokens > 0 and self.pages - self.growing // 4 >= pages
 
 
-class Scheduler(Swapping):
+class Scheduler(Station):
     """Continuous batching over one page pool.
 
     Args:
@@ -139,8 +139,10 @@ class Scheduler(Swapping):
         self._planned[s] = (s.num_computed, count)
 
     def _serve_alone(self, s: Sequence) -> None:
-        """Plan the next tokens of one sequence and no other; whatever the door let in fits alone, once no move holds pages."""
+        """Plan the next tokens of one sequence and no other; whatever the door let in fits alone, once nothing is in transit."""
         if s.state is State.WAITING:
+            if self.free_places() < 1:
+                return
             self._drop_kept(s)
             origin = self._origin(s).on_device(self.pool.page_size)
             self._start(s, origin.shared(), origin.hashes, origin.computed)
@@ -233,7 +235,17 @@ class Scheduler(Swapping):
         placed = [*self.running, *self.arriving]
         promised = sum(self._missing(s) for s in placed)
         growing = sum(self._may_grow(s) for s in placed)
-        return _Room(self.max_running - len(placed), self._budget(), self.pool.available - promised, growing)
+        return _Room(self.free_places(), self._budget(), self.pool.available - promised, growing)
+
+    def free_places(self) -> int:
+        """Sequences that could start now, beside those that run, come back, are frozen, or are awaited from other replicas."""
+        frozen = sum(bool(s.pages) for s in self.frozen)
+        return self.max_running - len(self.running) - len(self.arriving) - frozen - self.awaited
+
+    def spare_pages(self) -> int:
+        """Pages that nobody needs soon: beside those that running sequences are promised, with room for them to grow."""
+        room = self._room()
+        return room.pages - room.growing // 4
 
     def _enough(self, room: _Room, needed: int, kept: frozenset[int], victim: Sequence) -> bool:
         """Count `victim` out; whether `room` then holds a newcomer that needs `needed` pages beside those it shares (`kept`)."""
@@ -310,6 +322,8 @@ class Scheduler(Swapping):
         culprit = self.isolation.failed(self._planned)
         for s in reversed(self.running.copy()):
             self._give_way(s, Decision(Action.RECOMPUTE, Reason.FAILED))
+        for s in self.frozen:
+            s.known_pages = 0
         self._forget.clear()
         return [] if culprit is None else [self._end(culprit, FinishReason.ERROR, error)]
 

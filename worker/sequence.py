@@ -25,6 +25,7 @@ class State(Enum):
     RUNNING = auto()
     ARRIVING = auto()  # holds a place and pages, some of which are still on their way from host memory
     FOLLOWING = auto()  # waits for its leader's prompt, whose pages it will share
+    FROZEN = auto()  # another replica may have taken it over, and has not said so yet: not computed, but kept
     FINISHED = auto()
 
 
@@ -127,6 +128,7 @@ class Request:
             when there is none.
         ended_tokens: output tokens of the sequences that ended.
         resumed_tokens: those of all output tokens that it came with.
+        trace: `GenerateRequest.trace`.
     """
 
     request_id: str
@@ -137,6 +139,7 @@ class Request:
     deadline_s: float | None = None
     ended_tokens: int = 0
     resumed_tokens: int = 0
+    trace: str = ""
 
     @property
     def output_tokens(self) -> int:

@@ -81,7 +81,7 @@ class Swapping(Roster):
 
     def leaving(self) -> int:
         """Pages that will be free when what leaves has left."""
-        emigrants = (s for s in self.running if s.request_id in self.emigrants)
+        emigrants = (s for s in (*self.running, *self.frozen) if s.request_id in self.emigrants)
         return self.moves.leaving() + sum(self.pool.references[page] == 1 for s in emigrants for page in s.pages)
 
     def take_emigrants(self) -> list[str]:

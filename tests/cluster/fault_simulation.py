@@ -272,10 +272,11 @@ class World:
             counts = r.engine.scheduler.pool.counts()
             if counts.active or counts.reserved or counts.free + counts.cached != counts.total or not r.engine.idle():
                 left.append(f"{r.name} holds {counts}")
-            if r.loop._owner or r.loop._attempt or any(s.requests for s in r.loop._subscribers.values()):
-                left.append(f"{r.name} remembers {r.loop._owner}")
-            if len(r.outboxes) != len(self.ingresses) or len(r.loop._subscribers) != len(self.ingresses):
-                left.append(f"{r.name} keeps {len(r.loop._subscribers)} ingresses")
+            books = r.loop._subscriptions
+            if books._readings or any(c.requests for c in books._connections.values()):
+                left.append(f"{r.name} remembers {books._readings}")
+            if len(r.outboxes) != len(self.ingresses) or len(books._connections) != len(self.ingresses):
+                left.append(f"{r.name} keeps {len(books._connections)} ingresses")
         controller = self.controller
         if len(controller.serving()) != REPLICAS:
             left.append("the controller misses replicas")

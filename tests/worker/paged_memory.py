@@ -168,6 +168,7 @@ def hash_engine(
     clock: Callable[[], float] = time.monotonic,
     host_pages: int = 0,
     preemption: str = "recompute",
+    wires: dict[str, deque[list[Page]]] | None = None,
 ) -> Engine:
     """A real engine around the hash model."""
     max_running = min(max_running, max_batch_tokens)
@@ -176,6 +177,5 @@ def hash_engine(
     info = ModelInfo(
         "hash", "", max_model_len, VOCAB, (EOS,), 0, page_size, pages * page_size, max_running + max_waiting, max_running=max_running
     )
-    return Engine(
-        scheduler, PagedMemory(pages, page_size, host_pages), Door.of(info, limits or LimitOptions()), info, max_waiting, clock=clock
-    )
+    memory = PagedMemory(pages, page_size, host_pages, wires)
+    return Engine(scheduler, memory, Door.of(info, limits or LimitOptions()), info, max_waiting, clock=clock)
