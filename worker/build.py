@@ -132,7 +132,7 @@ def _pool(rank: _Rank, options: EngineOptions) -> KVStore:
     log.info(
         "%s: %d pages of %d tokens, %.2f GiB, on %s in %s", rank.config.name, rank.pages, rank.page.page_size, gib, device, rank.page.dtype
     )
-    return KVStore(rank.page, rank.pages, device)
+    return KVStore(rank.page, rank.pages, device, rank.host_pages)
 
 
 def _max_running(options: EngineOptions) -> int:

@@ -38,12 +38,16 @@ class PageShape:
 
 
 class KVStore:
-    """A pool [pages, kv_heads, layers, 2, page_size, head_dim]. Starts as zeros: nobody is handed memory that was another's."""
+    """A pool [pages, kv_heads, layers, 2, page_size, head_dim], and another like it in host memory (pinned beside a GPU).
 
-    def __init__(self, shape: PageShape, num_pages: int, device: torch.device | str) -> None:
+    Both start as zeros: nobody is handed memory that was another's.
+    """
+
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device | str, host_pages: int = 0) -> None:
         self.shape = shape
         self.num_pages = num_pages
         self.pool = _zeros((num_pages, *shape.dims), shape.dtype, torch.device(device))
+        self.host = _host_zeros((host_pages, *shape.dims), shape.dtype, pinned=self.pool.is_cuda)
         self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
 
     @property
@@ -80,6 +84,10 @@ class KVStore:
         if tuple(data.shape) != self.shape.dims or data.dtype != self.shape.dtype:
             raise ValueError(f"a page is {self.shape.dims} {self.shape.dtype}, got {tuple(data.shape)} {data.dtype}")
         self.pool[page].copy_(data)
+
+
+def _host_zeros(dims: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    return torch.zeros(dims, dtype=dtype, pin_memory=True) if pinned and dims[0] else _zeros(dims, dtype, torch.device("cpu"))
 
 
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ import torch
 from .engine import Runner
 from .kv_store import KVStore
 from .model import DecoderModel
+from .page_mover import PageMover
 from .parallel import GroupBroken, RankGroup
-from .plan import MemoryBytes, Row, Sampled, StepPlan, StepResult
+from .plan import MemoryBytes, Moved, Row, Sampled, StepPlan, StepResult
 from .plan_wire import pack_end, pack_step
 from .protocol import TokenLogprob
 from .sampler import Sampler, SamplingRow, prompt_logprobs
@@ -46,15 +47,22 @@ class _Ranks:
     def __init__(self, model: DecoderModel, kv: KVStore, max_running: int, max_len: int) -> None:
         self._model = model
         self._kv = kv
+        self._mover = PageMover(kv)
         self._table = SequenceTable(max_running, max_len, kv.page_size, kv.pool.device)
 
     def memory_bytes(self) -> MemoryBytes:
         """What is held here."""
         return MemoryBytes(self._model.weight_bytes(), self._kv.pool.nbytes)
 
-    def _compute(self, plan: StepPlan) -> _Computed:
+    def _move(self, plan: StepPlan) -> None:
+        """What a plan says beside its rows."""
+        self._mover.settle(plan.settled)
         self._kv.copy_pages(plan.copies)
+        self._mover.start(plan.moves)
         self._table.apply(plan)
+
+    def _compute(self, plan: StepPlan) -> _Computed:
+        self._move(plan)
         inputs = self._table.inputs(plan.rows)
         return _Computed(inputs, self._model.forward(inputs.tokens, inputs.positions, inputs.batch, self._kv))
 
@@ -99,10 +107,21 @@ class ModelRunner(_Ranks, Runner):
         self._table.reset()
         self._scores.clear()
 
+    def poll(self) -> tuple[Moved, ...]:
+        """The moves that have ended."""
+        return self._mover.poll()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Call `wake` whenever one has."""
+        self._mover.watch(wake)
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
         for seq in plan.forget:
             self._scores.pop(seq, None)
+        if not plan.rows:
+            self._move(plan)
+            return StepResult(plan.step, ())
         step = self._compute(plan)
         scores = tuple(self._score_prompts(step))
         sampled = self._sample(step)
@@ -147,9 +166,17 @@ class FollowerRunner(_Ranks):
 
         Raises:
             ValueError: they are not as many as its sampling rows.
+            RuntimeError: pages could not be copied on this rank, which the leader knows nothing of.
         """
+        for moved in self._mover.poll():
+            if moved.error is not None:
+                raise RuntimeError(f"move {moved.move}: {moved.error}")
         for slot, token in zip(self._waiting, sampled, strict=True):
             self._table.append(slot, token)
+        if not plan.rows:
+            self._move(plan)
+            self._waiting = []
+            return
         step = self._compute(plan)
         for row, end in zip(step.inputs.rows, step.inputs.ends.tolist(), strict=True):
             for chunk in self._chunks_to_score(self._table[row.seq], row, end):
@@ -171,6 +198,14 @@ class LeaderRunner(Runner):
     def memory_bytes(self) -> MemoryBytes:
         """What is held on this rank."""
         return self._runner.memory_bytes()
+
+    def poll(self) -> tuple[Moved, ...]:
+        """The moves that have ended here; a rank that is late waits when it is told so."""
+        return self._runner.poll()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Call `wake` whenever one has."""
+        self._runner.watch(wake)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step, with all ranks.

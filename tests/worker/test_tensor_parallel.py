@@ -58,13 +58,14 @@ def test_every_number_of_ranks_gives_the_same_tokens(config: PretrainedConfig, t
     assert all(len(t) == 10 for t in found[1][0])
 
 
-def test_ranks_follow_through_preemption_and_shared_pages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_ranks_follow_through_preemption_and_shared_pages(preemption: str, tmp_path: Path) -> None:
     random_model(MODELS["llama"]).save_pretrained(tmp_path)
     found = {}
     for tp in (1, 2):
         options = tiny_options(tmp_path, tp)
         with ranks(
-            replace(options, cache=replace(options.cache, kv_pages=15, preemption="recompute"))
+            replace(options, cache=replace(options.cache, kv_pages=15, host_memory=2**20 * (preemption == "swap"), preemption=preemption))
         ) as several:  # one prompt and its output take 11
             engine = several.engine
             for i, prompt in enumerate(PROMPTS):
@@ -74,7 +75,7 @@ def test_ranks_follow_through_preemption_and_shared_pages(tmp_path: Path) -> Non
             while not engine.idle():
                 for o in engine.step():
                     outputs.setdefault((o.request_id, o.choice), []).extend(o.tokens)
-            assert engine.stats().preemptions["recompute"] > 0
+            assert engine.stats().preemptions[preemption] > 0
         found[tp] = outputs
     assert found[2] == found[1]
     assert {len(t) for t in found[1].values()} == {10}
