@@ -16,6 +16,14 @@ class UnknownReplica(QuireError):
     """There is no replica of that name."""
 
 
+class UnknownRequest(QuireError):
+    """No replica has a request of that id."""
+
+
+class NotNow(QuireError):
+    """It cannot be done as things stand; says why."""
+
+
 class IngressStatus(NamedTuple):
     """One HTTP server process."""
 
@@ -42,7 +50,7 @@ class PageCounts(NamedTuple):
 
 
 class ReplicaRow(NamedTuple):
-    """One replica. `state` is one of `cluster.controller.ReplicaState`, `reason` why it is not ready, as far as that is known.
+    """One replica. `state` is one of `cluster.controller.SHOWN_STATES`, `reason` why it is not ready, as far as that is known.
 
     `model` is empty until the replica has said what it serves.
     `prompt_tokens` and `output_tokens` count from the start of this life of the replica; `epoch` names the life.
@@ -83,6 +91,9 @@ class Figures:
         served_tokens: tenant -> output tokens generated for it.
         deaths: replicas that died.
         restarts: replicas that were started again.
+        migrations: (reason, outcome) -> migrations that the controller began and that have ended.
+        migrated_pages, migrated_bytes: that they sent.
+        downtime_s: seconds that the requests which moved stood still for it, in all.
     """
 
     queue_requests: int = 0
@@ -92,6 +103,41 @@ class Figures:
     served_tokens: Mapping[str, int] = field(default_factory=dict)
     deaths: int = 0
     restarts: int = 0
+    migrations: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    migrated_pages: int = 0
+    migrated_bytes: int = 0
+    downtime_s: float = 0.0
+
+
+class MoveRow(NamedTuple):
+    """What came of one migration. `outcome` is `moved`, `refused`, `aborted` (it goes on at `source`) or `lost` (it is resumed from its
+    journal); `cause` says why it was moved, `reason` why it was not.
+    """
+
+    request: str
+    source: str
+    destination: str
+    cause: str
+    outcome: str
+    pages: int = 0
+    bytes: int = 0
+    downtime_ms: float = 0.0
+    reason: str = ""
+
+
+class DrainStatus(NamedTuple):
+    """How far a drain is: `state` as in `ReplicaRow`, requests that are left there, and what has moved since it began.
+
+    `downtime_ms` is the longest that a request stood still.
+    """
+
+    replica: str
+    state: str
+    requests: int
+    moved: int
+    pages: int
+    bytes: int
+    downtime_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +191,30 @@ class AdminPort(Protocol):
         Raises:
             UnknownReplica: there is none of that id.
         """
+        ...
+
+    async def migrate(self, request_id: str, replica_id: str) -> MoveRow:
+        """Moves a running request to a replica; returns when that is over.
+
+        Raises:
+            UnknownRequest, UnknownReplica: there is none of that id.
+            NotNow: the request waits for a replica, moves already, or the replica is not ready.
+        """
+        ...
+
+    async def drain(self, replica_id: str, undo: bool, wait_s: float) -> DrainStatus:
+        """A replica takes nothing new, and what it has goes on elsewhere; with `undo` it takes requests again.
+
+        Asking again is the same drain. Returns when the replica is empty, after `wait_s` at the latest.
+
+        Raises:
+            UnknownReplica: there is none of that id.
+            NotNow: it is not ready.
+        """
+        ...
+
+    async def rebalance(self) -> list[MoveRow]:
+        """One round of all policies, now; returns when the moves are over."""
         ...
 
     async def set_log_level(self, level: str) -> None:

@@ -18,6 +18,10 @@ SILENCE_S = 30.0  # of silence: it is given up (a hung rank is found by the step
 START_ATTEMPTS = 3  # failed starts in a row after which a replica counts as one that cannot be started
 
 
+DRAINING, DRAINED = "draining", "drained"
+SHOWN_STATES = ("starting", "ready", "suspect", "dead", DRAINING, DRAINED)
+
+
 class ReplicaState(StrEnum):
     """STARTING -> READY <-> SUSPECT -> DEAD, or straight to DEAD. The next life is STARTING again, with a new epoch."""
 
@@ -40,6 +44,7 @@ class Report(NamedTuple):
     failure: str | None
     info: ModelInfo | None
     stats: EngineStats | None
+    draining: bool = False
 
 
 class Rank(NamedTuple):
@@ -65,7 +70,15 @@ class Replica:
     heard_s: float = 0.0  # its last word
     start_at_s: float | None = 0.0  # when its next life is due
     failed_starts: int = 0  # in a row
+    draining: bool = False  # an operator wants it empty
     backoff: Backoff = field(default_factory=Backoff)
+
+    @property
+    def shown(self) -> str:
+        """Its state as operators see it: one that is ready may be `draining`, and `drained` when it holds no request any more."""
+        if not self.draining or self.state is not ReplicaState.READY:
+            return self.state.value
+        return DRAINED if self.load is not None and self.load.running + self.load.waiting == 0 else DRAINING
 
 
 class Controller:
@@ -119,6 +132,7 @@ class Controller:
         elif report.info is not None and replica.state is ReplicaState.STARTING:
             self._become(replica, ReplicaState.READY, now_s)
             replica.reason = ""
+            replica.draining = report.draining  # as a controller before this one has told it
             self._served = True
             return True
         return False
@@ -170,9 +184,22 @@ class Controller:
         replica.start_at_s = now_s + replica.backoff.delay_s(now_s - replica.since_s if started else 0.0)
         replica.reason = reason
         replica.load = None
+        replica.draining = False
         replica.ranks.clear()
         self._become(replica, ReplicaState.DEAD, now_s)
         return True
+
+    def drain(self, replica_id: str, on: bool) -> bool:
+        """Whether its present life is to be empty. False when it is not ready."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or replica.state not in (ReplicaState.READY, ReplicaState.SUSPECT):
+            return False
+        replica.draining = on
+        return True
+
+    def draining(self) -> list[str]:
+        """The replicas that are to be empty."""
+        return [r.replica_id for r in self._replicas.values() if r.draining]
 
     def hurry(self, replica_id: str, now_s: float) -> None:
         """The next life of a dead replica is due at once."""
@@ -234,6 +261,7 @@ class Controller:
         replica.epoch = epoch
         replica.reason = ""
         replica.report = replica.load = None
+        replica.draining = False
         replica.ranks.clear()
         replica.start_at_s = None
         self._become(replica, ReplicaState.STARTING, now_s)

@@ -70,6 +70,7 @@ class GlobalScheduler:
         self._drain = DrainRate()
         self._gate = QueueGate(self._lines, self._counters if self._fair else None, self._drain, tenants, limits)
         self._decided: dict[str, Decision] = {}  # told with the next dispatch
+        self._stuck: AdmitRequest | None = None
         self._now_s = 0.0
 
     # --- what comes in ---
@@ -136,6 +137,7 @@ class GlobalScheduler:
             self.withdraw(request_id)
         decisions, self._decided = list(self._decided.values()), {}
         largest, stuck = self._router.largest_tokens(), False
+        self._stuck = None
         while not stuck and (waiting := self._next()) is not None:
             request = waiting.request
             if 0 < largest < request.longest_tokens:  # the replica that could hold it is gone
@@ -144,7 +146,7 @@ class GlobalScheduler:
             elif (choice := self._router.choose(request, now_s)) is not None:
                 decisions.append(self._send(waiting, choice))
             else:
-                stuck = True
+                stuck, self._stuck = True, request
         self._drain.set_draining(stuck and largest > 0)
         return decisions
 
@@ -156,6 +158,14 @@ class GlobalScheduler:
         return max(min(times) - now_s, 0.0) if times else None
 
     # --- what there is ---
+
+    def stuck(self) -> AdmitRequest | None:
+        """Who was next when the latest `dispatch` found no place for it."""
+        return self._stuck
+
+    def where(self, request_id: str) -> tuple[int, Route] | None:
+        """The attempt and the replica of a request that has been sent (attempt -1: unknown)."""
+        return self._running.known(request_id)
 
     def waiting(self) -> list[AdmitRequest]:
         """The queue, in the order of joining."""

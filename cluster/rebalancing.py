@@ -15,7 +15,7 @@ Each move is booked at once, so that what follows sees it. Nobody moves again wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -195,12 +195,10 @@ class _Books:
         return [r for r in self._requests.get(source, []) if reason in FREE_TO_MOVE_AGAIN or not self._cooling(r.request_id)]
 
     def roomiest(self, source: Place, pages: int, sequences: int) -> Place | None:
-        """Where so much would fit, and most is left then; a decode replica before another."""
-        fits = [p for p in self._takers(source) if p.left >= pages and p.seats >= sequences]
+        """Where so much would fit, and most is left then. One that prefills takes nothing but what must go somewhere."""
+        takes = (p for p in self.places.values() if p.route != source.route and not p.draining)
+        fits = [p for p in takes if p.left >= pages and p.seats >= sequences and (p.role is not Role.PREFILL or source.draining)]
         return max(fits, key=lambda p: (p.role is not Role.PREFILL, p.left / p.total, p.route), default=None)
-
-    def _takers(self, source: Place) -> Iterator[Place]:
-        return (p for p in self.places.values() if p.route != source.route and not p.draining)
 
     def move(self, request: LiveRequest, source: Place, destination: Place, reason: Reason) -> None:
         """It is decided."""
@@ -242,7 +240,7 @@ def _disaggregate(books: _Books) -> None:
         for request in books.requests(source, Reason.DISAGGREGATE):
             here = books.places[source]
             there = books.roomiest(here, size(request, here.page_size), request.sequences)
-            if request.state == "running" and there is not None and there.role is not Role.PREFILL:
+            if request.state == "running" and there is not None:
                 books.move(request, here, there, Reason.DISAGGREGATE)
 
 

@@ -27,6 +27,7 @@ from .policies import (
     request_pages,
     snapshot,
 )
+from .rebalancing import Move
 
 # Until any replica has measured its own.
 DEFAULT_TOKENS_PER_S = 2000.0
@@ -72,8 +73,14 @@ class Router:
         self._ledger = Ledger()
         self._usual_tokens_per_s = DEFAULT_TOKENS_PER_S
         self._largest_tokens = 0
+        self._closed: frozenset[str] = frozenset()
+        self._spared: frozenset[str] = frozenset()
 
     # --- replicas ---
+
+    def steer(self, closed: Iterable[str], spared: Iterable[str]) -> None:
+        """From now on nothing new goes to `closed`, and to `spared` only what no other replica could ever hold."""
+        self._closed, self._spared = frozenset(closed), frozenset(spared)
 
     def add(self, replica_id: str, epoch: int, info: ModelInfo) -> None:
         """A replica is ready for requests. A later life replaces an earlier one; a known life changes nothing."""
@@ -135,7 +142,8 @@ class Router:
         """Where `request` goes now; None when nobody can take it yet. What is chosen stands in the ledger until it is reported."""
         self._ledger.expire(now_s)
         demand = Demand(request.sequences, request.prompt_tokens, request.longest_tokens, request.priority, self._usual_tokens_per_s)
-        fitting = [replica for replica in self.snapshots() if can_ever(replica, demand)]
+        fitting = [replica for replica in self.snapshots() if can_ever(replica, demand) and replica.replica_id not in self._closed]
+        fitting = [replica for replica in fitting if replica.replica_id not in self._spared] or fitting
         # A replica that failed the request is asked again only if there is no other, not because the others are busy.
         allowed = [replica for replica in fitting if replica.replica_id not in request.avoid] or fitting
         candidates = self._open(allowed, request, demand)
@@ -176,6 +184,10 @@ class Router:
             )
         )
         return choice
+
+    def expect(self, move: Move, attempt: int, now_s: float) -> None:
+        """A request is on its way from another replica, with what it has."""
+        self._ledger.enter(Sent(move.request_id, attempt, move.destination.replica_id, move.sequences, 0, move.pages, now_s))
 
     def forget(self, request_id: str) -> None:
         """The request will not arrive where it was sent."""

@@ -130,6 +130,7 @@ class ReplicaActor:
         self._memory = MemoryBytes(0, 0)
         self._loop: EngineLoop | None = None
         self._outboxes: dict[str, Outbox] = {}
+        self._draining = False
         host = ray.util.get_node_ip_address() if span_nodes else LOOPBACK  # type: ignore[no-untyped-call]
         self._listener = listen(host) if options.parallel.tp > 1 else None
         self._address = address_of(self._listener) if self._listener else ""
@@ -141,7 +142,7 @@ class ReplicaActor:
 
         Keys: replica_id, epoch, pid, node; loaded, to_load (weights so far, in all); phases (name -> seconds); failure (None or
         why this replica never became ready, or died); step_s (how long the step has taken so far that is being computed now);
-        info and stats (fields in order; None until ready); weight_bytes and pool_bytes (of rank 0; 0 until ready).
+        info and stats (fields in order; None until ready); draining (`drain`); weight_bytes and pool_bytes (of rank 0; 0 until ready).
         """
         loop = self._loop
         return {
@@ -156,6 +157,7 @@ class ReplicaActor:
             "step_s": loop.step_s() if loop else 0.0,
             "info": tuple(self._engine.info) if self._engine and loop else None,
             "stats": tuple(loop.stats()) if loop else None,
+            "draining": self._draining,
             "weight_bytes": self._memory.weights,
             "pool_bytes": self._memory.pool,
         }
@@ -216,6 +218,17 @@ class ReplicaActor:
         answer = self._ready_loop().migrate(request_id, Peer(actor, replica_id, epoch), fill)
         result = await asyncio.wait_for(asyncio.wrap_future(answer), MIGRATION_TIMEOUT_S)
         return tuple(result)
+
+    @ray.method(concurrency_group="control")
+    async def relieve(self, actor: str, replica_id: str, epoch: int, pages: int, handshake_s: float) -> None:
+        """A victim of a lack of pages may go to that replica, which has so many to spare; nowhere, when `actor` is empty."""
+        if self._loop is not None:
+            self._loop.relief(Peer(actor, replica_id, epoch) if actor else None, pages, handshake_s)
+
+    @ray.method(concurrency_group="control")
+    async def drain(self, on: bool) -> None:
+        """This replica is to be empty, or no longer. It remembers that for a controller that begins anew."""
+        self._draining = on
 
     @ray.method(concurrency_group="control")
     async def migration(self, data: bytes) -> None:

@@ -154,6 +154,10 @@ class ClusterOptions:
     span_nodes: bool = option(False, "let the ranks of one replica lie on several nodes")
     accelerator_type: str | None = option(None, "Ray accelerator type that replicas need (H200, A100, ...)")
     node_label: tuple[str, ...] = option((), "key=value that a node must carry to hold replicas; repeatable", kind="list")
+    prefill_replicas: int = option(
+        0, "so many of the replicas, the first ones, only prefill: what they have begun goes on at the others; 0: all do everything"
+    )
+    rebalance: bool = option(True, "move running requests to where there is more room for them")
     routing: str = option("cost", "which replica takes a request", choices=("cost", "least_loaded", "power_of_two", "round_robin"))
     max_queue_requests: int = option(4096, "requests that may wait in the cluster; beyond it they get 429")
     max_queue_tokens: int = option(2**24, "prompt tokens that may wait in the cluster; beyond it requests get 429")

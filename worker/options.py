@@ -49,6 +49,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "ingresses": (1, 256),
     "admin_port": (0, 65535),
     "replicas": (1, 4096),
+    "prefill_replicas": (0, 4095),
     "max_queue_requests": (1, 2**24),
     "max_queue_tokens": (1, 2**40),
     "max_queue_wait_s": (0.01, 86400),

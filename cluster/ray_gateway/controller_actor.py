@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ...worker.actor import Reply, reply_to, start_actor_logging
 from ...worker.config import QuireOptions
 from ...worker.protocol import EventFrame, QuireError, ReplicaLost
+from ..admin import NotNow, UnknownReplica, UnknownRequest
 from ..admissions import ADMIT_POLL_S, Admissions
 from ..controller import Controller, Replica, ReplicaState
 from ..global_scheduler import GlobalScheduler, QueueLimits
@@ -30,6 +31,7 @@ from ..tally import Tally
 from ..tenants import TenantLimits, TenantTable
 from .calls import CALL_TIMEOUT_S, LifeName, answer, first_line, ray_
 from .lives import Life, Lives, NoPlace
+from .movers import Movers
 from .watch import Watch, report_of
 
 log = logging.getLogger(__name__)
@@ -70,10 +72,12 @@ class ControllerActor:
         self._running: dict[LifeName, Life] = {}
         self._tasks: dict[LifeName, asyncio.Task[None]] = {}  # of lives that go on
         self._ending: dict[LifeName, asyncio.Task[None]] = {}  # of lives that are being cleared away
+        self._movers = Movers(cluster, self._table, self._router, self._scheduler, self._running)
         self._ingresses: dict[str, tuple[int, float]] = {}  # id -> pid, end of its lease
         self._timer: asyncio.TimerHandle | None = None
         self._found = asyncio.Event()  # what a controller before this one has started
         self._loop: asyncio.Task[None] | None = None
+        self._rounds: asyncio.Task[None] | None = None
 
     # --- for ingresses ---
 
@@ -157,13 +161,21 @@ class ControllerActor:
         lives = [life for name, life in self._running.items() if self._table.lives(*name)]
         live = await asyncio.gather(*(self._live_requests(life) for life in lives))
         waiting = self._scheduler.waiting()
+        moved = self._movers.books
+        figures = replace(
+            self._tally.figures(len(waiting), self._scheduler.queued_tokens()),
+            migrations=moved.counts(),
+            migrated_pages=moved.total.pages,
+            migrated_bytes=moved.total.bytes,
+            downtime_s=moved.total.downtime_ms / 1000,
+        )
         queued = [(r.request_id, None, r.tenant, r.prompt_tokens, 0, "queued") for r in waiting]
         return {
             "controller_pid": os.getpid(),
             "ingresses": [(name, pid) for name, (pid, _) in sorted(self._ingresses.items())],
             "replicas": [_replica_row(r) for r in self._table.replicas()],
             "requests": [row for rows in live for row in rows] + queued,
-            "figures": asdict(self._tally.figures(len(waiting), self._scheduler.queued_tokens())),
+            "figures": asdict(figures),
         }
 
     async def page_maps(self) -> dict[str, bytes]:
@@ -182,6 +194,21 @@ class ControllerActor:
         self._table.died(replica_id, replica.epoch, "restarted by an operator", time.monotonic())
         self._table.hurry(replica_id, time.monotonic())
         return True  # the loop ends what is left of it
+
+    async def migrate(self, request_id: str, replica_id: str) -> tuple[str, Any]:
+        """("ok", fields of `MoveRow`), or the name of an error of `AdminPort.migrate` and what it says."""
+        await self._started()
+        return await _told(self._movers.migrate(request_id, replica_id))
+
+    async def drain(self, replica_id: str, undo: bool, wait_s: float) -> tuple[str, Any]:
+        """("ok", fields of `DrainStatus`), or an error, as `migrate` tells it."""
+        await self._started()
+        return await _told(self._movers.drain(replica_id, undo, wait_s))
+
+    async def rebalance(self) -> list[tuple[Any, ...]]:
+        """Fields of a `MoveRow` for each move of one round of all policies."""
+        await self._started()
+        return [tuple(row) for row in await self._movers.rebalance()]
 
     async def set_log_level(self, level: str) -> None:
         """How much every process logs; ingresses hear of it when they register next."""
@@ -211,6 +238,8 @@ class ControllerActor:
                 await asyncio.to_thread(self._lives.end, life.name)
         await asyncio.to_thread(self._lives.sweep, list(self._running))
         self._found.set()
+        self._rounds = asyncio.create_task(self._movers.run())
+        self._rounds.add_done_callback(_start_over)
         while self._table.wanted(time.monotonic()):
             now_s = time.monotonic()
             self._table.silent(now_s)
@@ -273,7 +302,8 @@ class ControllerActor:
         return [(id_, life.name.replica_id, tenant, prompt, output, state) for id_, tenant, _, state, _, prompt, output, _ in rows]
 
     async def _stop(self) -> None:
-        tasks = [*self._tasks.values()]
+        self._movers.stop()
+        tasks = [*self._tasks.values(), *([self._rounds] if self._rounds else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._ending.values(), return_exceptions=True)
@@ -322,7 +352,7 @@ def _replica_row(replica: Replica) -> tuple[Any, ...]:
     return (
         replica.replica_id,
         replica.epoch,
-        replica.state.value,
+        replica.shown,
         info.name if info else "",
         tuple(tuple(rank) for _, rank in sorted(replica.ranks.items())),
         pages,
@@ -332,6 +362,14 @@ def _replica_row(replica: Replica) -> tuple[Any, ...]:
         stats.output_tokens if stats else 0,
         replica.reason,
     )
+
+
+async def _told(asked: Coroutine[Any, Any, tuple[Any, ...]]) -> tuple[str, Any]:
+    """An answer as primitives, so that an error that an operator made is none of the actor's."""
+    try:
+        return "ok", tuple(await asked)
+    except (UnknownReplica, UnknownRequest, NotNow, ReplicaLost) as error:
+        return type(error).__name__, str(error)
 
 
 def _end_for_good() -> None:

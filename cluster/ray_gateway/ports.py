@@ -12,7 +12,20 @@ import ray
 from ...worker.actor import raise_reply
 from ...worker.config import QuireOptions
 from ...worker.protocol import ModelInfo, ReplicaLost
-from ..admin import ClusterStatus, Figures, IngressStatus, PageCounts, RankStatus, ReplicaRow, RequestRow, UnknownReplica
+from ..admin import (
+    ClusterStatus,
+    DrainStatus,
+    Figures,
+    IngressStatus,
+    MoveRow,
+    NotNow,
+    PageCounts,
+    RankStatus,
+    ReplicaRow,
+    RequestRow,
+    UnknownReplica,
+    UnknownRequest,
+)
 from ..admissions import ADMIT_POLL_S
 from ..journal import Owner
 from ..messages import AdmitRequest, Route
@@ -20,6 +33,7 @@ from ..remote_client import IngressOptions, RemoteEngineClient, Serving
 from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, LifeName, answer
 
 SUBMIT_TIMEOUT_S = 65.0  # above the replica's own
+MOVES_TIMEOUT_S = 60.0  # for migrations to end; they go on when nobody waits for them
 SILENCE_S = 600.0  # a replica sends twice a second between steps; no step may last longer
 UNREAD_ITEMS = 16  # frames that Ray may hold for an ingress; more wait, and are joined, in the replica's outbox
 
@@ -83,6 +97,18 @@ class AdminPort:
         """Ends this life of a replica and starts another."""
         if not await answer(self._handle.restart.remote(replica_id)):
             raise UnknownReplica(replica_id)
+
+    async def migrate(self, request_id: str, replica_id: str) -> MoveRow:
+        """Moves a running request to a replica."""
+        return MoveRow(*_told(await answer(self._handle.migrate.remote(request_id, replica_id), MOVES_TIMEOUT_S)))
+
+    async def drain(self, replica_id: str, undo: bool, wait_s: float) -> DrainStatus:
+        """A replica is to be empty, or is to take requests again."""
+        return DrainStatus(*_told(await answer(self._handle.drain.remote(replica_id, undo, wait_s), wait_s + CALL_TIMEOUT_S)))
+
+    async def rebalance(self) -> list[MoveRow]:
+        """One round of all policies."""
+        return [MoveRow(*row) for row in await answer(self._handle.rebalance.remote(), MOVES_TIMEOUT_S)]
 
     async def set_log_level(self, level: str) -> None:
         """In every process of the cluster."""
@@ -148,6 +174,14 @@ class _ReplicaPort:
 
 def _controller(namespace: str) -> Any:
     return ray.get_actor(CONTROLLER_NAME, namespace)
+
+
+def _told(said: tuple[str, Any]) -> Any:
+    """What `ControllerActor` answers, or the error that it tells of."""
+    kind, what = said
+    if kind == "ok":
+        return what
+    raise {"UnknownReplica": UnknownReplica, "UnknownRequest": UnknownRequest, "NotNow": NotNow}.get(kind, ReplicaLost)(what)
 
 
 def _replica_row(*fields: Any) -> ReplicaRow:

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ...cluster.admin import AdminPort, UnknownReplica
+from ...cluster.admin import AdminPort, NotNow, UnknownReplica, UnknownRequest
 from ...worker.logs import LEVELS, set_level
 from ...worker.protocol import BadRequest
 from ..api import errors
@@ -18,10 +18,28 @@ from .figures import exposition
 from .guard import Guard
 
 MAX_BODY_BYTES = 16 * 1024
+DRAIN_WAIT_S = 10.0  # at most, in one answer
 
 
 class RestartBody(Strict):
     """POST /admin/replicas/{id}/restart: nothing to say."""
+
+
+class MigrateBody(Strict):
+    """POST /admin/requests/{id}/migrate: where to."""
+
+    to: str
+
+
+class DrainBody(Strict):
+    """POST /admin/replicas/{id}/drain. `wait_s`: for so long the answer may wait for the replica to be empty."""
+
+    undo: bool = False
+    wait_s: float = 0.0
+
+
+class RebalanceBody(Strict):
+    """POST /admin/rebalance: nothing to say."""
 
 
 class LogLevelBody(Strict):
@@ -66,8 +84,39 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         try:
             await port.restart(replica_id)
         except UnknownReplica:
-            raise ApiError(404, f"there is no replica {replica_id[:200]!r}", param="replica_id", code="unknown_replica") from None
+            raise _unknown_replica(replica_id, "replica_id") from None
         return JSONResponse({"replica": replica_id, "state": "restarting"})
+
+    @app.post("/admin/requests/{request_id}/migrate")
+    async def migrate(request: Request, request_id: str) -> JSONResponse:
+        """Another replica for a running request. 200 whatever came of it: `outcome` says."""
+        body = await read_body(request, MigrateBody)
+        try:
+            return JSONResponse((await port.migrate(request_id, body.to))._asdict())
+        except UnknownRequest:
+            raise ApiError(404, f"no replica has a request {request_id[:200]!r}", param="request_id", code="unknown_request") from None
+        except UnknownReplica:
+            raise _unknown_replica(body.to, "to") from None
+        except NotNow as error:
+            raise ApiError(409, str(error), code="not_now") from None
+
+    @app.post("/admin/replicas/{replica_id}/drain")
+    async def drain(request: Request, replica_id: str) -> JSONResponse:
+        """An empty replica, or an end of that. To be asked again until the state is `drained`."""
+        body = await read_body(request, DrainBody)
+        try:
+            return JSONResponse((await port.drain(replica_id, body.undo, min(max(body.wait_s, 0.0), DRAIN_WAIT_S)))._asdict())
+        except UnknownReplica:
+            raise _unknown_replica(replica_id, "replica_id") from None
+        except NotNow as error:
+            raise ApiError(409, str(error), code="not_now") from None
+
+    @app.post("/admin/rebalance")
+    async def rebalance(request: Request) -> JSONResponse:
+        """One round of all policies."""
+        if await request.body():
+            await read_body(request, RebalanceBody)
+        return JSONResponse({"moves": [row._asdict() for row in await port.rebalance()]})
 
     @app.post("/admin/log-level")
     async def log_level(request: Request) -> JSONResponse:
@@ -84,3 +133,7 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
     app.add_middleware(Guard, token=token)
     app.add_middleware(StrictRequest)
     return app
+
+
+def _unknown_replica(replica_id: str, param: str) -> ApiError:
+    return ApiError(404, f"there is no replica {replica_id[:200]!r}", param=param, code="unknown_replica")

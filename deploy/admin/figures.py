@@ -1,6 +1,6 @@
 """What the controller counts, as Prometheus text: `GET /metrics` of the admin API. Names stand in docs/metrics.md.
 
-Labels come from fixed sets: replica states, reasons of refusal, and the tenants that the key file names.
+Labels come from fixed sets: replica states, reasons of refusal and of moves, and the tenants that the key file names.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ...cluster.admin import ClusterStatus
-from ...cluster.controller import ReplicaState
-
-STATES = tuple(state.value for state in ReplicaState)
+from ...cluster.controller import SHOWN_STATES
 
 
 def exposition(status: ClusterStatus) -> bytes:
@@ -33,7 +31,7 @@ class _StatusCollector(Collector):
         status, figures = self._status, self._status.figures
         states = Counter(replica.state for replica in status.replicas)
         replicas = GaugeMetricFamily("quire_replicas", "Replicas by state.", labels=["state"])
-        for state in STATES:
+        for state in SHOWN_STATES:
             replicas.add_metric([state], states[state])
         yield replicas
         yield GaugeMetricFamily("quire_ingresses", "HTTP server processes.", value=len(status.ingresses))
@@ -46,6 +44,13 @@ class _StatusCollector(Collector):
         yield CounterMetricFamily("quire_expired", "Requests whose deadline passed in the queue.", value=figures.expired)
         yield CounterMetricFamily("quire_replica_deaths", "Replicas that died.", value=figures.deaths)
         yield CounterMetricFamily("quire_replica_restarts", "Replicas that were started again.", value=figures.restarts)
+        migrations = CounterMetricFamily("quire_migrations", "Migrations that the controller began.", labels=["reason", "outcome"])
+        for (reason, outcome), count in sorted(figures.migrations.items()):
+            migrations.add_metric([reason, outcome], count)
+        yield migrations
+        yield CounterMetricFamily("quire_migrated_pages", "Pages that they sent.", value=figures.migrated_pages)
+        yield CounterMetricFamily("quire_migrated_bytes", "Bytes of these pages.", value=figures.migrated_bytes)
+        yield CounterMetricFamily("quire_migration_downtime_seconds", "Time that requests stood still to move.", value=figures.downtime_s)
         served = CounterMetricFamily("quire_tenant_output_tokens", "Tokens generated, by tenant.", labels=["tenant"])
         for tenant, tokens in sorted(figures.served_tokens.items()):
             served.add_metric([tenant], tokens)

@@ -1,4 +1,4 @@
-"""`quire status`, `quire restart` and `quire log-level`: what operators ask of a running server's admin API."""
+"""`quire status`, `restart`, `migrate`, `drain`, `rebalance` and `log-level`: what operators ask of a running server's admin API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ..load.http import Server
 
 DEFAULT_URL = "http://127.0.0.1:8001"
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 90.0
+_WAIT_S = 5.0  # for a drain to end, in one question
 
 
 def add_parsers(commands: Any, token: str | None) -> None:
@@ -24,6 +25,16 @@ def add_parsers(commands: Any, token: str | None) -> None:
     status.add_argument("--json", action="store_true", help="as JSON")
     restart = _parser(commands, "restart", "give a replica a new life; its streams go on elsewhere", token, run_restart)
     restart.add_argument("replica", metavar="REPLICA", help="its id, as `quire status` shows it")
+    migrate = _parser(commands, "migrate", "move a running request to another replica, pages and all", token, run_migrate)
+    migrate.add_argument("request", metavar="REQUEST", help="its id, as `quire status` shows it")
+    migrate.add_argument("--to", required=True, metavar="REPLICA", help="where it goes on")
+    drain = _parser(commands, "drain", "empty a replica: it takes nothing new, and its streams go on elsewhere", token, run_drain)
+    drain.add_argument("replica", metavar="REPLICA", help="its id, as `quire status` shows it")
+    drain.add_argument("--undo", action="store_true", help="let it take requests again")
+    drain.add_argument("--no-wait", action="store_true", help="do not wait until it is empty")
+    rebalance = _parser(commands, "rebalance", "move running requests to where there is room, once, now", token, run_rebalance)
+    for command in (migrate, drain, rebalance):
+        command.add_argument("--json", action="store_true", help="as JSON")
     level = _parser(commands, "log-level", "change how much a running server logs", token, run_log_level)
     level.add_argument("level", choices=LEVELS)
 
@@ -54,6 +65,51 @@ def run_restart(args: argparse.Namespace) -> int:
     answer = ask(args, f"/admin/replicas/{quote(args.replica, safe='')}/restart", {})
     print(f"{answer['replica']} is restarting")
     return 0
+
+
+def run_migrate(args: argparse.Namespace) -> int:
+    """0 when it goes on there, 1 when it stays where it is."""
+    from urllib.parse import quote
+
+    moved = ask(args, f"/admin/requests/{quote(args.request, safe='')}/migrate", {"to": args.to})
+    print(json.dumps(moved, indent=2) if args.json else _moved_line(moved))
+    return 0 if moved["outcome"] == "moved" else 1
+
+
+def run_drain(args: argparse.Namespace) -> int:
+    """0 when it is empty, or need not be waited for."""
+    from urllib.parse import quote
+
+    body = {"undo": args.undo, "wait_s": 0.0 if args.no_wait or args.undo else _WAIT_S}
+    while True:
+        drain = ask(args, f"/admin/replicas/{quote(args.replica, safe='')}/drain", body)
+        if drain["state"] != "draining" or args.no_wait:
+            break
+    done = drain["state"] in ("drained", "ready" if args.undo else "draining")
+    if args.json:
+        print(json.dumps({"outcome": drain["state"], **drain}, indent=2))
+    else:
+        cost = f"{drain['moved']} requests moved ({drain['pages']} pages, {drain['bytes']} bytes), {drain['requests']} left"
+        print(f"{drain['replica']} is {drain['state']}: {cost}; the longest pause was {drain['downtime_ms']:.1f} ms")
+    return 0 if done else 1
+
+
+def run_rebalance(args: argparse.Namespace) -> int:
+    """0 when every move that was begun has been made."""
+    moves = ask(args, "/admin/rebalance", {})["moves"]
+    if args.json:
+        sums = {name: sum(move[name] for move in moves) for name in ("pages", "bytes")}
+        moved = sum(move["outcome"] == "moved" for move in moves)
+        longest_ms = max((move["downtime_ms"] for move in moves), default=0.0)
+        print(json.dumps({"outcome": f"{moved} of {len(moves)} moved", **sums, "downtime_ms": longest_ms, "moves": moves}, indent=2))
+    else:
+        print("\n".join(map(_moved_line, moves)) or "nothing to move")
+    return 0 if all(move["outcome"] == "moved" for move in moves) else 1
+
+
+def _moved_line(move: dict[str, Any]) -> str:
+    cost = f"{move['pages']} pages, {move['bytes']} bytes, {move['downtime_ms']:.1f} ms" if move["outcome"] == "moved" else move["reason"]
+    return f"{move['request']}  {move['source']} -> {move['destination']}  {move['cause']}: {move['outcome']} ({cost})"
 
 
 def run_log_level(args: argparse.Namespace) -> int:

@@ -52,6 +52,9 @@ def _check(chosen: QuireOptions) -> None:
         from ..admin.guard import check_admin
 
         check_admin(chosen.admin)
+    cluster = chosen.cluster
+    if cluster.prefill_replicas >= cluster.replicas and cluster.prefill_replicas:
+        raise ValueError(f"--prefill-replicas {cluster.prefill_replicas}: there must be more --replicas (now {cluster.replicas})")
     if chosen.server.api_key_file is not None:
         from ..tenants_file import load_tenants
 

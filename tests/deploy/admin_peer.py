@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 from quire.cluster.admin import (
     ClusterStatus,
+    DrainStatus,
     Figures,
     IngressStatus,
+    MoveRow,
+    NotNow,
     PageCounts,
     RankStatus,
     ReplicaRow,
     RequestRow,
     UnknownReplica,
+    UnknownRequest,
 )
 from quire.deploy.admin.server import RunningAdmin, start_admin
 from quire.worker.config import AdminOptions
@@ -42,8 +46,21 @@ STATUS = ClusterStatus(
         RequestRow("cmpl-1", "replica-0", "search", 12, 34, "running"),
         RequestRow("cmpl-2", None, "batch", 56, 0, "queued"),
     ),
-    figures=Figures(3, 170, {"queue": 4, "rate": 5}, 6, {"search": 900, "batch": 100}, deaths=2, restarts=1),
+    figures=Figures(
+        3,
+        170,
+        {"queue": 4, "rate": 5},
+        6,
+        {"search": 900, "batch": 100},
+        deaths=2,
+        restarts=1,
+        migrations={("drain", "moved"): 5, ("rebalance", "refused"): 2},
+        migrated_pages=40,
+        migrated_bytes=4096,
+        downtime_s=0.25,
+    ),
 )
+MOVED = MoveRow("cmpl-1", "replica-0", "replica-1", "operator", "moved", 3, 300, 12.5)
 
 
 @dataclass
@@ -66,6 +83,31 @@ class FakePort:
         if replica_id not in {replica.id for replica in self.now.replicas}:
             raise UnknownReplica(replica_id)
         self.calls.append(("restart", replica_id))
+
+    async def migrate(self, request_id: str, replica_id: str) -> MoveRow:
+        if request_id == "cmpl-2":
+            raise NotNow("cmpl-2 waits for a replica")
+        if request_id != "cmpl-1":
+            raise UnknownRequest(request_id)
+        if replica_id not in {replica.id for replica in self.now.replicas}:
+            raise UnknownReplica(replica_id)
+        self.calls.append(("migrate", f"{request_id} {replica_id}"))
+        stays = MOVED._replace(destination="replica-0", outcome="refused", pages=0, bytes=0, downtime_ms=0.0, reason="no seat")
+        return MOVED if replica_id == "replica-1" else stays
+
+    async def drain(self, replica_id: str, undo: bool, wait_s: float) -> DrainStatus:
+        if replica_id not in {replica.id for replica in self.now.replicas}:
+            raise UnknownReplica(replica_id)
+        if replica_id == "replica-1":
+            raise NotNow("replica-1 is starting")
+        self.calls.append(("drain", f"{replica_id} {undo} {wait_s:g}"))
+        asked = sum(call[0] == "drain" for call in self.calls)
+        state = "ready" if undo else "drained" if asked > 1 else "draining"
+        return DrainStatus(replica_id, state, 0 if asked > 1 else 2, 5, 40, 4096, 12.5)
+
+    async def rebalance(self) -> list[MoveRow]:
+        self.calls.append(("rebalance", ""))
+        return [MOVED._replace(cause="rebalance")]
 
     async def set_log_level(self, level: str) -> None:
         self.calls.append(("log-level", level))

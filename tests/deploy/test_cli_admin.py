@@ -1,4 +1,4 @@
-"""`quire status`, `top`, `restart` and `log-level` against a live admin API."""
+"""`quire status`, `top`, `restart`, `migrate`, `drain`, `rebalance` and `log-level` against a live admin API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from admin_peer import STATUS, FakePort, running_admin
+from admin_peer import MOVED, STATUS, FakePort, running_admin
 
 from quire.deploy import cli
 from quire.deploy.admin.server import RunningAdmin
@@ -58,6 +58,59 @@ def test_restart_and_log_level(admin: Admin, capsys: pytest.CaptureFixture[str])
     assert run(admin, "log-level", "warning") == 0
     assert admin[0].calls == [("restart", "replica-0"), ("log-level", "warning")]
     assert capsys.readouterr().out == "replica-0 is restarting\nlog level is warning\n"
+
+
+def test_migrate(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "migrate", "cmpl-1", "--to", "replica-1") == 0
+    assert capsys.readouterr().out == "cmpl-1  replica-0 -> replica-1  operator: moved (3 pages, 300 bytes, 12.5 ms)\n"
+    assert run(admin, "migrate", "cmpl-1", "--to", "replica-1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == MOVED._asdict()
+    assert run(admin, "migrate", "cmpl-1", "--to", "replica-0") == 1
+    assert "refused (no seat)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("request_id", "to", "says"),
+    [
+        ("cmpl-2", "replica-1", "HTTP 409: cmpl-2 waits for a replica"),
+        ("cmpl/9", "replica-1", "there is no"),
+        ("cmpl-9", "replica-1", "HTTP 404: no replica has a request 'cmpl-9'"),
+        ("cmpl-1", "replica-9", "HTTP 404: there is no replica 'replica-9'"),
+    ],
+)
+def test_what_cannot_be_moved(admin: Admin, request_id: str, to: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "migrate", request_id, "--to", to) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_drain_waits_until_the_replica_is_empty(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "drain", "replica-0", "--json") == 0
+    assert admin[0].calls == [("drain", "replica-0 False 5")] * 2
+    drained = {"replica": "replica-0", "state": "drained", "requests": 0, "moved": 5, "pages": 40, "bytes": 4096, "downtime_ms": 12.5}
+    assert json.loads(capsys.readouterr().out) == {"outcome": "drained", **drained}
+    assert run(admin, "drain", "replica-0", "--undo") == 0
+    assert capsys.readouterr().out.startswith("replica-0 is ready: ")
+    assert run(admin, "drain", "replica-1") == 2
+    assert "replica-1 is starting" in capsys.readouterr().err
+
+
+def test_drain_need_not_be_waited_for(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "drain", "replica-0", "--no-wait") == 0
+    assert capsys.readouterr().out == (
+        "replica-0 is draining: 5 requests moved (40 pages, 4096 bytes), 2 left; the longest pause was 12.5 ms\n"
+    )
+
+
+def test_rebalance(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "rebalance", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["moves"] == [MOVED._replace(cause="rebalance")._asdict()]
+    assert {name: told[name] for name in told if name != "moves"} == {
+        "outcome": "1 of 1 moved",
+        "pages": 3,
+        "bytes": 300,
+        "downtime_ms": 12.5,
+    }
 
 
 def test_an_unknown_replica(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
