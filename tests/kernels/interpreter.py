@@ -10,7 +10,8 @@ The interpreter takes 10 to 25 ms for each program of a launch: a test should co
 - `paged(...)` places rows on pages in random order of a view into a bigger pool. What no query may look at is NaN: slots that are not
   written, pages that nobody owns, other layers; block table entries past a row's end point outside of the pool.
 - `install()` mends bfloat16: the interpreter computes on the raw 16-bit patterns and truncates when it casts. `plain()` takes the mend
-  away for a moment. Reductions of bfloat16 are not mended: kernels cast to float32 first.
+  away for a moment. Reductions of bfloat16 are not mended: kernels cast to float32 first. It also mends `tl.dot`, which is NumPy's product:
+  on some processors its BLAS adds up the rows of one product in different orders, where a tensor core has one order for all.
 """
 
 from __future__ import annotations
@@ -133,8 +134,11 @@ def _fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
-    wide = [interpreter.TensorHandle(_up(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b)]
-    return _ORIGINAL["create_dot"](self, *wide, acc, *rest)
+    if _is_fp8(a.dtype) or _is_fp8(b.dtype):
+        return _ORIGINAL["create_dot"](self, a, b, acc, *rest)
+    left, right = ((_up(x.data) if _is_bf16(x) else x.data).astype(np.float64) for x in (a, b))
+    product = np.matmul(left, right).astype(acc.data.dtype)  # rounded once, so that the order of its sums does not show
+    return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
 
 def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
@@ -153,7 +157,7 @@ def _unary(self: Any, argument: Any, operation: Any) -> Any:
 
 
 def install() -> None:
-    """Mend bfloat16 in the interpreter."""
+    """Mend bfloat16 and products in the interpreter."""
     for name, mended in zip(_MENDED, (_cast, _fp_to_fp, _dot, _binary, _unary), strict=True):
         setattr(_BUILDER, name, mended)
 

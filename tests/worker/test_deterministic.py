@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import install
 from tiny_models import SIZES, Pages, random_model
 from transformers import LlamaConfig
 
@@ -27,6 +28,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mended_interpreter():
+    install()
 
 
 @pytest.fixture(scope="module")
