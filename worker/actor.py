@@ -96,7 +96,7 @@ class ReplicaActor:
         hash_key: secret of the page hashes, the same in the whole cluster.
         log_level, log_format: set up the logging of this process; None leaves it alone.
         otlp_endpoint: collector of traces, if there is one.
-        span_nodes: its ranks may be on other machines; else they talk over the loopback interface alone.
+        across_nodes: its ranks, or other replicas, may be on other machines; else all talk over the loopback interface alone.
         build: makes the engine (in a thread; the actor answers meanwhile); the group of ranks is a keyword when there are several.
         die: ends the process with an exit code.
     """
@@ -109,7 +109,7 @@ class ReplicaActor:
         hash_key: bytes,
         log_level: str | None = None,
         log_format: str = "text",
-        span_nodes: bool = False,
+        across_nodes: bool = False,
         otlp_endpoint: str | None = None,
         build: Callable[..., Engine] = build_engine,
         die: Callable[[int], None] = os._exit,
@@ -131,8 +131,8 @@ class ReplicaActor:
         self._loop: EngineLoop | None = None
         self._outboxes: dict[str, Outbox] = {}
         self._draining = False
-        host = ray.util.get_node_ip_address() if span_nodes else LOOPBACK  # type: ignore[no-untyped-call]
-        self._listener = listen(host) if options.parallel.tp > 1 else None
+        self._host: str = ray.util.get_node_ip_address() if across_nodes else LOOPBACK  # type: ignore[no-untyped-call]
+        self._listener = listen(self._host) if options.parallel.tp > 1 else None
         self._address = address_of(self._listener) if self._listener else ""
         threading.Thread(target=self._build, name="build", daemon=True).start()
 
@@ -308,7 +308,7 @@ class ReplicaActor:
             self._phases["import torch"] = time.monotonic() - started_s
             loading_s = time.monotonic()
             ranks = {"group": self._lead(self._listener)} if self._listener else {}
-            self._engine = self._make_engine(self._options, self._hash_key, self._progress, **ranks)
+            self._engine = self._make_engine(self._options, self._hash_key, self._progress, host=self._host, **ranks)
             self._memory = self._engine.runner.memory_bytes()
             self._phases["load model"] = time.monotonic() - loading_s
             if self._otlp_endpoint is not None:

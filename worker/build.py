@@ -17,8 +17,11 @@ from .kv_store import KVStore, PageShape
 from .model import DecoderModel, Progress
 from .model_config import ModelConfig
 from .packing import packb, unpackb
+from .page_link import Listener
+from .page_mover import PageMover, Place
 from .parallel import RankGroup
 from .protocol import ModelInfo
+from .rendezvous import listen
 from .runner import FollowerRunner, LeaderRunner, ModelRunner
 from .sampler import Sampler
 from .shard import Shard
@@ -53,7 +56,7 @@ class _Rank(NamedTuple):
 
 
 def build_runner(
-    options: EngineOptions, progress: Progress | None = None, group: RankGroup | None = None
+    options: EngineOptions, progress: Progress | None = None, group: RankGroup | None = None, host: str | None = None
 ) -> tuple[ModelRunner | LeaderRunner, Sizes]:
     """Load the model that `options` names and make a page pool for it.
 
@@ -61,6 +64,7 @@ def build_runner(
         options: of the whole engine.
         progress: called with (bytes done, bytes in all) while weights load.
         group: the ranks that share the model, of which this is the leader; None for `tp=1`.
+        host: this process's address, at which other replicas may reach it to send pages; None: they may not. A group knows its own.
 
     Raises:
         ValueError: the model or an option is not supported, on any rank, or the pool would hold no page; names it.
@@ -70,7 +74,9 @@ def build_runner(
     config = rank.config
     info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
     sampler = Sampler(config.eos_token_ids, config.vocab_size)
-    runner = ModelRunner(rank.model, _pool(rank, options), sampler, _max_running(options), config.max_model_len)
+    kv = _pool(rank, options)
+    mover, addresses = _mover(rank, kv, options, group, host)
+    runner = ModelRunner(rank.model, kv, sampler, _max_running(options), config.max_model_len, mover, addresses)
     kv_format = f"{config.num_layers} layers, {config.num_kv_heads} heads of {config.head_dim}, {rank.page.dtype}"
     sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp, kv_format)
     return (runner if group is None else LeaderRunner(runner, group)), sizes
@@ -79,7 +85,9 @@ def build_runner(
 def build_follower(options: EngineOptions, group: RankGroup, progress: Progress | None = None) -> FollowerRunner:
     """`build_runner` for a rank that follows."""
     rank = _load(options, progress, group)
-    return FollowerRunner(rank.model, _pool(rank, options), _max_running(options), rank.config.max_model_len)
+    kv = _pool(rank, options)
+    mover, _ = _mover(rank, kv, options, group, None)
+    return FollowerRunner(rank.model, kv, _max_running(options), rank.config.max_model_len, mover)
 
 
 def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
@@ -133,6 +141,23 @@ def _pool(rank: _Rank, options: EngineOptions) -> KVStore:
         "%s: %d pages of %d tokens, %.2f GiB, on %s in %s", rank.config.name, rank.pages, rank.page.page_size, gib, device, rank.page.dtype
     )
     return KVStore(rank.page, rank.pages, device, rank.host_pages)
+
+
+def _mover(
+    rank: _Rank, kv: KVStore, options: EngineOptions, group: RankGroup | None, host: str | None
+) -> tuple[PageMover, tuple[str, ...]]:
+    """What moves this rank's pages, and the addresses of all ranks."""
+    cache, kv_heads = options.cache, rank.config.num_kv_heads
+    if group is not None:
+        place = Place(group.rank, group.size, kv_heads, group.reports(), cache.page_link, cache.verify_moves)
+        host = group.host
+    else:
+        place = Place(kv_heads=kv_heads, link_kind=cache.page_link, verify=cache.verify_moves)
+    if host is None:
+        return PageMover(kv, place), ()
+    listener = Listener(listen(host), kv.pool.device)
+    told = [listener.address.encode()] if group is None else group.exchange(listener.address.encode())
+    return PageMover(kv, place, listener), tuple(address.decode() for address in told)
 
 
 def _max_running(options: EngineOptions) -> int:

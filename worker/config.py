@@ -63,6 +63,13 @@ class CacheOptions:
         "what is done with a sequence when pages run out; decide: the cheapest, by costs measured as it runs; else always that one",
         choices=("decide", "recompute", "swap", "migrate"),
     )
+    page_link: str = option(
+        "auto",
+        "how pages get to another replica: nccl (GPU to GPU), gloo (a pair of processes), host (a connection between host memories; what "
+        "the others fall back on); auto: nccl between GPUs, else host",
+        choices=("auto", "nccl", "gloo", "host"),
+    )
+    verify_moves: bool = option(False, "compare a digest of each page where it leaves and where it arrives, to find faults; costs speed")
 
 
 @dataclass(frozen=True, slots=True)

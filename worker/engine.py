@@ -400,7 +400,9 @@ class Engine:
         return sequences
 
 
-def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | None = None, group: RankGroup | None = None) -> Engine:
+def build_engine(
+    options: EngineOptions, hash_key: bytes, progress: Progress | None = None, group: RankGroup | None = None, host: str | None = None
+) -> Engine:
     """Load the model and make an engine around it.
 
     Args:
@@ -408,13 +410,14 @@ def build_engine(options: EngineOptions, hash_key: bytes, progress: Progress | N
         hash_key: secret of the page hashes, at most 64 bytes; the same in the whole cluster.
         progress: called with (done, total) while weights load.
         group: the ranks that share the model, of which this is the leader; None for `tp=1`.
+        host: this process's address, at which other replicas may reach it; None: they may not.
 
     Raises:
         ValueError: an option or the model is not supported; names it.
     """
     from .build import build_runner  # here, so that the deciding half can be used and tested without torch
 
-    runner, sizes = build_runner(options, progress, group)
+    runner, sizes = build_runner(options, progress, group, host)
     scheduler_options = options.scheduler
     page_size = options.cache.page_size
     pool = PagePool(sizes.pages, page_size, hash_key, options.cache.prefix_cache)

@@ -1,11 +1,12 @@
-"""The memory that pages are: one pool tensor of a rank, page-major, so that a page is one contiguous span.
+"""The memory that pages are: one pool tensor of a rank, page-major, so that a page is one contiguous span, and a like one in host memory.
 
 Nothing outside this file and the kernels' strides knows the layout. Whose page is whose is `page_pool`'s business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 CACHE_LINE = 64
+DMA_BYTES = 128 * 2**10  # a copy between GPU and host of fewer bytes costs more to start than to carry out
+STAGED_BYTES = 32 * 2**20  # of pages that are packed at once, to leave a GPU in one piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,10 @@ class KVStore:
         self.shape = shape
         self.num_pages = num_pages
         self.pool = _zeros((num_pages, *shape.dims), shape.dtype, torch.device(device))
-        self.host = _host_zeros((host_pages, *shape.dims), shape.dtype, pinned=self.pool.is_cuda)
+        if self.pool.device.type == "cuda":
+            self.host = torch.zeros((host_pages, *shape.dims), dtype=shape.dtype, pin_memory=host_pages > 0)
+        else:
+            self.host = _zeros((host_pages, *shape.dims), shape.dtype, torch.device("cpu"))
         self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
 
     @property
@@ -71,6 +77,74 @@ class KVStore:
         sources, destinations = torch.tensor(pairs, device=self.pool.device).unbind(1)
         self.pool[destinations] = self.pool[sources]
 
+    # --- beside the steps: called on other threads than theirs ---
+
+    def after(self) -> Callable[[], AbstractContextManager[None]]:
+        """What is done inside of the context comes after everything that has been asked of the device so far, beside what is asked later,
+        and is over at its end."""
+        if self.pool.device.type != "cuda":
+            return nullcontext
+        written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        written.record()
+
+        @contextmanager
+        def beside() -> Iterator[None]:
+            stream = torch.cuda.Stream(self.pool.device)  # type: ignore[no-untyped-call]
+            stream.wait_event(written)
+            with torch.cuda.stream(stream):
+                yield
+                stream.synchronize()
+
+        return beside
+
+    def copy_out(self, pages: Sequence[int], host_pages: Sequence[int]) -> None:
+        """Pages to host pages, pairwise."""
+        self._copy(self.pool, pages, self.host, host_pages)
+
+    def copy_in(self, host_pages: Sequence[int], pages: Sequence[int]) -> None:
+        """Host pages to pages, pairwise."""
+        self._copy(self.host, host_pages, self.pool, pages)
+
+    def _copy(self, source: Tensor, source_pages: Sequence[int], target: Tensor, target_pages: Sequence[int]) -> None:
+        """Runs of neighbours in one go; small pages on a GPU by the kernel, which reaches pinned memory itself."""
+        device = self.pool.device
+        if device.type == "cpu":
+            read, written = (x.view(len(x), -1).view(torch.uint8).numpy() for x in (source, target))
+            for here, there, count in _runs(source_pages, target_pages):
+                np.copyto(written[there : there + count], read[here : here + count])  # by this thread alone, and without Python's lock
+        elif self.page_bytes < DMA_BYTES:
+            from ..kernels.page_copy import move_pages
+
+            move_pages(source, torch.tensor(source_pages, device=device), target, torch.tensor(target_pages, device=device))
+        else:
+            for here, there, count in _runs(source_pages, target_pages):
+                target[there : there + count].copy_(source[here : here + count], non_blocking=True)
+
+    def parts(self, pages: Sequence[int], heads: slice, whole: bool) -> Iterator[Tensor]:
+        """Some heads of `pages`, in order, to be sent: contiguous tensors. On a CPU, or with `whole`, one for each page."""
+        if self.pool.device.type == "cpu" or whole:
+            for page in pages:
+                yield self.pool[page, heads]
+            return
+        for some in self._stages(pages, heads):
+            yield self.pool[torch.tensor(some, device=self.pool.device)][:, heads].contiguous()
+
+    def landings(self, pages: Sequence[int], heads: slice, whole: bool) -> Iterator[Tensor]:
+        """The inverse of `parts`: tensors to be filled one after the other. A page is there when the next one is asked for, or the end."""
+        if self.pool.device.type == "cpu" or whole:
+            for page in pages:
+                yield self.pool[page, heads]
+            return
+        for some in self._stages(pages, heads):
+            landed = self.pool.new_empty((len(some), *self.pool[0, heads].shape))
+            yield landed
+            self.pool[:, heads][torch.tensor(some, device=self.pool.device)] = landed
+
+    def _stages(self, pages: Sequence[int], heads: slice) -> Iterator[Sequence[int]]:
+        most = max(STAGED_BYTES // self.pool[0, heads].nbytes, 1)
+        for first in range(0, len(pages), most):
+            yield pages[first : first + most]
+
     def read_page(self, page: int) -> Tensor:
         """A copy of the page, contiguous, on the pool's device: [kv_heads, layers, 2, page_size, head_dim]."""
         return self.pool[page].clone()
@@ -86,8 +160,13 @@ class KVStore:
         self.pool[page].copy_(data)
 
 
-def _host_zeros(dims: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    return torch.zeros(dims, dtype=dtype, pin_memory=True) if pinned and dims[0] else _zeros(dims, dtype, torch.device("cpu"))
+def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(source, target, count) of the stretches in which both follow one another."""
+    first = 0
+    for i in range(1, len(sources) + 1):
+        if i == len(sources) or sources[i] != sources[i - 1] + 1 or targets[i] != targets[i - 1] + 1:
+            yield sources[first], targets[first], i - first
+            first = i
 
 
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

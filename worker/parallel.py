@@ -66,7 +66,7 @@ class RankGroup:
 
     def __init__(self, store: Any, host: str, me: Membership, device: torch.device) -> None:
         """Connects to every other rank. `store` is the same for all; `host` is this process's own address."""
-        self.rank, self.size = me.rank, me.size
+        self.rank, self.size, self.host = me.rank, me.size, host
         with _broken(f"rank {me.rank}: the {me.size} ranks did not come together"):
             self._control = _gloo("control", store, host, me, PLAN_TIMEOUT)
             limit = timedelta(seconds=me.step_timeout_s)
@@ -74,6 +74,10 @@ class RankGroup:
             self._pulse = _Pulse(_gloo("pulse", store, host, me, limit), me)
         self._packet = torch.zeros(PACKET_BYTES, dtype=torch.uint8)
         self._store = store  # the leader's serves the others: it has to live as long as the group
+
+    def reports(self) -> Any:
+        """A store that all ranks reach, for what they tell each other outside of steps. From any thread."""
+        return dist.PrefixStore("reports", self._store)
 
     @property
     def leads(self) -> bool:

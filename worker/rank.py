@@ -146,4 +146,5 @@ class Follower:
             self._began_s = time.monotonic()
             self._runner.run(step.plan, step.sampled)
             self._began_s = None
+        self._runner.close()
         self._group.close()

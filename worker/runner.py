@@ -15,7 +15,7 @@ import torch
 from .engine import Runner
 from .kv_store import KVStore
 from .model import DecoderModel
-from .page_mover import PageMover
+from .page_mover import PageMover, Place
 from .parallel import GroupBroken, RankGroup
 from .plan import MemoryBytes, Moved, Row, Sampled, StepPlan, StepResult
 from .plan_wire import pack_end, pack_step
@@ -44,21 +44,24 @@ class _Chunk(NamedTuple):
 class _Ranks:
     """What every rank does with a plan: keep the sequences, move pages, run the layers, and choose whose logits are wanted."""
 
-    def __init__(self, model: DecoderModel, kv: KVStore, max_running: int, max_len: int) -> None:
+    def __init__(self, model: DecoderModel, kv: KVStore, max_running: int, max_len: int, mover: PageMover | None = None) -> None:
         self._model = model
         self._kv = kv
-        self._mover = PageMover(kv)
+        self._mover = mover or PageMover(kv, Place())
         self._table = SequenceTable(max_running, max_len, kv.page_size, kv.pool.device)
 
     def memory_bytes(self) -> MemoryBytes:
         """What is held here."""
         return MemoryBytes(self._model.weight_bytes(), self._kv.pool.nbytes)
 
+    def close(self) -> None:
+        """Pages travel no more."""
+        self._mover.close()
+
     def _move(self, plan: StepPlan) -> None:
         """What a plan says beside its rows."""
-        self._mover.settle(plan.settled)
         self._kv.copy_pages(plan.copies)
-        self._mover.start(plan.moves)
+        self._mover.start(plan)
         self._table.apply(plan)
 
     def _compute(self, plan: StepPlan) -> _Computed:
@@ -95,10 +98,22 @@ class ModelRunner(_Ranks, Runner):
         model, kv, sampler: what computes.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
+        mover: carries pages out of `kv` and into it; default: to its host pool and back alone.
+        addresses: where the movers of all ranks are reached.
     """
 
-    def __init__(self, model: DecoderModel, kv: KVStore, sampler: Sampler, max_running: int, max_len: int) -> None:
-        super().__init__(model, kv, max_running, max_len)
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv: KVStore,
+        sampler: Sampler,
+        max_running: int,
+        max_len: int,
+        mover: PageMover | None = None,
+        addresses: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(model, kv, max_running, max_len, mover)
+        self._addresses = addresses
         self._sampler = sampler
         self._scores: dict[int, list[TokenLogprob]] = {}  # prompt logprobs of prompts that are still being computed
 
@@ -108,12 +123,16 @@ class ModelRunner(_Ranks, Runner):
         self._scores.clear()
 
     def poll(self) -> tuple[Moved, ...]:
-        """The moves that have ended."""
+        """The moves that have ended, on every rank."""
         return self._mover.poll()
 
     def watch(self, wake: Callable[[], None]) -> None:
         """Call `wake` whenever one has."""
         self._mover.watch(wake)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where the movers of all ranks are reached."""
+        return self._addresses
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
@@ -157,8 +176,8 @@ class ModelRunner(_Ranks, Runner):
 class FollowerRunner(_Ranks):
     """Computes the leader's plans on another rank's shard. Its logits go to the leader, the tokens come back with the next plan."""
 
-    def __init__(self, model: DecoderModel, kv: KVStore, max_running: int, max_len: int) -> None:
-        super().__init__(model, kv, max_running, max_len)
+    def __init__(self, model: DecoderModel, kv: KVStore, max_running: int, max_len: int, mover: PageMover | None = None) -> None:
+        super().__init__(model, kv, max_running, max_len, mover)
         self._waiting: list[Slot] = []  # in the order of the last plan's sampling rows
 
     def run(self, plan: StepPlan, sampled: tuple[int, ...]) -> None:
@@ -166,11 +185,7 @@ class FollowerRunner(_Ranks):
 
         Raises:
             ValueError: they are not as many as its sampling rows.
-            RuntimeError: pages could not be copied on this rank, which the leader knows nothing of.
         """
-        for moved in self._mover.poll():
-            if moved.error is not None:
-                raise RuntimeError(f"move {moved.move}: {moved.error}")
         for slot, token in zip(self._waiting, sampled, strict=True):
             self._table.append(slot, token)
         if not plan.rows:
@@ -200,12 +215,16 @@ class LeaderRunner(Runner):
         return self._runner.memory_bytes()
 
     def poll(self) -> tuple[Moved, ...]:
-        """The moves that have ended here; a rank that is late waits when it is told so."""
+        """The moves that have ended, on every rank."""
         return self._runner.poll()
 
     def watch(self, wake: Callable[[], None]) -> None:
         """Call `wake` whenever one has."""
         self._runner.watch(wake)
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where the movers of all ranks are reached."""
+        return self._runner.addresses()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step, with all ranks.
@@ -231,4 +250,5 @@ class LeaderRunner(Runner):
     def close(self) -> None:
         """Send the other ranks home."""
         self._group.send(pack_end())
+        self._runner.close()
         self._group.close()

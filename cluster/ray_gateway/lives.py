@@ -65,7 +65,8 @@ class Lives:
         group = await self._place(name, demand, waits)
         logs = (self.log_level, self._options.server.log_format)
         actor = self._actor(ReplicaActor, name, 0, group, demand, CONCURRENCY_GROUPS)
-        more = {"span_nodes": self._options.cluster.span_nodes, "otlp_endpoint": self._options.server.otlp_endpoint}
+        cluster = self._options.cluster
+        more = {"across_nodes": cluster.span_nodes or cluster.ray_address is not None, "otlp_endpoint": self._options.server.otlp_endpoint}
         leader = actor.remote(name.replica_id, name.epoch, self._options.engine, self._hash_key, *logs, **more)
         life = Life(name, leader)
         if demand.ranks > 1:

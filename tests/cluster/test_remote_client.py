@@ -47,7 +47,7 @@ class Town:
     async def add(self, replica_id: str, epoch: int = 1, **engine: Any) -> Owner:
         owner = Owner(replica_id, epoch)
         made = self.engines[owner] = hash_engine(**({"pages": 64} | engine))
-        actor = self.actors[owner] = ReplicaActor(*owner, EngineOptions(), KEY, build=lambda *_: made, die=lambda code: None)
+        actor = self.actors[owner] = ReplicaActor(*owner, EngineOptions(), KEY, build=lambda *_, **__: made, die=lambda code: None)
         while (await actor.report())["info"] is None:  # noqa: ASYNC110 (it is built by another thread)
             await asyncio.sleep(0.005)
         self.ready[replica_id] = owner

@@ -58,7 +58,7 @@ async def report_with(actor: ReplicaActor, true: Callable[[dict[str, Any]], obje
 
 async def started(engine: Any = None, die: Callable[[int], None] = lambda code: None) -> ReplicaActor:
     made = engine or hash_engine(pages=64, max_waiting=2, max_running=2)
-    actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=lambda options, key, progress: made, die=die)
+    actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=lambda options, key, progress, host: made, die=die)
     await report_with(actor, lambda report: report["info"])
     return actor
 
@@ -124,7 +124,7 @@ def test_nothing_is_taken_before_the_engine_is_there() -> None:
     async def scenario() -> None:
         go = threading.Event()
 
-        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None], host: str) -> Any:
             progress(3, 7)
             go.wait(WAIT_S)
             return hash_engine()
@@ -142,7 +142,7 @@ def test_nothing_is_taken_before_the_engine_is_there() -> None:
 
 def test_an_engine_that_cannot_be_built_says_why() -> None:
     async def scenario() -> None:
-        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None], host: str) -> Any:
             raise ValueError("rope_type 'spiral' is not supported")
 
         actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
@@ -320,7 +320,7 @@ def test_an_engine_that_is_not_there_has_nothing_to_tell() -> None:
     async def scenario() -> None:
         go = threading.Event()
 
-        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None]) -> Any:
+        def build(options: EngineOptions, hash_key: bytes, progress: Callable[[int, int], None], host: str) -> Any:
             go.wait(WAIT_S)
             return hash_engine()
 

@@ -1,73 +1,337 @@
-"""Copies to host memory and back: every bit, in order, and told of when they have ended."""
+"""Pages that travel: to host memory and back, and to the ranks of another replica, bit by bit; and whatever cuts them off."""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
 
+from quire.worker import page_link, page_mover
 from quire.worker.kv_store import KVStore, PageShape
-from quire.worker.page_mover import PageMover
-from quire.worker.plan import Move, Moved, MoveKind
+from quire.worker.page_link import Hello, LinkBroken, Listener, dial
+from quire.worker.page_mover import PageMover, Place
+from quire.worker.plan import LinkEnd, Move, Moved, MoveKind, StepPlan
+from quire.worker.rendezvous import LOOPBACK, listen
+from quire.worker.reslice import heads_of
 
-SHAPE = PageShape(kv_heads=2, layers=3, page_size=4, head_dim=8, dtype=torch.float32)
+CPU = torch.device("cpu")
+LAYERS, PAGE_SIZE, DIM, PAGES = 3, 4, 8, 6
 WAIT_S = 30.0
 
 
-class Mover:
-    """A mover over five pages of random numbers and three in host memory."""
+def plan(*moves: Move, links: tuple[LinkEnd, ...] = (), closed: tuple[str, ...] = ()) -> StepPlan:
+    return StepPlan(0, (), (), (), (), (), moves, (), links, closed)
 
-    def __init__(self) -> None:
-        self.kv = KVStore(SHAPE, 5, "cpu", host_pages=3)
-        torch.manual_seed(0)
-        self.kv.pool.normal_()
-        self.mover = PageMover(self.kv)
+
+class Rank:
+    """One rank's mover over six pages of random numbers and three in host memory."""
+
+    def __init__(self, heads: int, place: Place, dtype: torch.dtype = torch.float32) -> None:
+        self.kv = KVStore(PageShape(heads, LAYERS, PAGE_SIZE, DIM, dtype), PAGES, "cpu", host_pages=3)
+        self.kv.pool.copy_(torch.randn(self.kv.pool.shape))
+        self.listener = Listener(listen(LOOPBACK), CPU)
+        self.mover = PageMover(self.kv, place, self.listener)
         self.woken = threading.Semaphore(0)
         self.mover.watch(self.woken.release)
 
-    def ended(self, count: int) -> list[Moved]:
+    def ended(self, count: int = 1) -> list[Moved]:
         """The next `count` moves to end."""
-        for _ in range(count):
+        found: list[Moved] = []
+        while len(found) < count:
             assert self.woken.acquire(timeout=WAIT_S)
-        return list(self.mover.poll())
+            found += self.mover.poll()
+        return found
 
 
-def test_pages_come_back_bit_by_bit() -> None:
-    m = Mover()
-    before = m.kv.pool.clone()
-    m.mover.start([Move(0, MoveKind.OUT, (4, 1), (2, 0)), Move(1, MoveKind.IN, (0, 3), (0, 2))])  # the second reads what the first wrote
-    one, two = m.ended(2)
-    assert (one.move, one.pages, one.error, two.move, two.pages) == (0, 2, None, 1, 2)
-    assert one.seconds > 0
-    m.mover.settle([0, 1])
-    for page, source in {0: 1, 3: 4, 1: 1, 2: 2, 4: 4}.items():
-        assert torch.equal(m.kv.pool[page], before[source])
-    assert m.mover.poll() == ()
+class Store:
+    """The store that ranks share, in one process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
 
 
-def test_who_settles_a_move_that_has_not_ended_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = Mover()
-    gate, settled = threading.Event(), threading.Event()
-    copy = m.mover._copy
+class Replica:
+    """The ranks of one replica, and the whole of each page as they hold it together."""
 
-    def gated(move: Move) -> None:
-        assert gate.wait(WAIT_S)
-        copy(move)
+    def __init__(self, kv_heads: int, tp: int, **options: Any) -> None:
+        self.kv_heads, self.tp, self.store = kv_heads, tp, Store()
+        dtype = options.pop("dtype", torch.float32)
+        reports = self.store if tp > 1 else None
+        self.ranks = [
+            Rank(len(heads_of(kv_heads, rank, tp)), Place(rank, tp, kv_heads, reports, **options), dtype) for rank in range(tp)
+        ]
+        whole = torch.randn(PAGES, kv_heads, LAYERS, 2, PAGE_SIZE, DIM).to(dtype)
+        for number, rank in enumerate(self.ranks):
+            held = heads_of(kv_heads, number, tp)
+            rank.kv.pool.copy_(whole[:, held.start : held.stop])
 
-    monkeypatch.setattr(m.mover, "_copy", gated)
-    m.mover.start([Move(7, MoveKind.OUT, (1,), (1,))])
-    thread = threading.Thread(target=lambda: (m.mover.settle([7]), settled.set()))
-    thread.start()
-    assert m.mover.poll() == ()
-    assert not settled.is_set()
-    gate.set()
-    thread.join(WAIT_S)
-    assert settled.is_set()
-    assert torch.equal(m.kv.host[1], m.kv.pool[1])
+    def page(self, page: int) -> torch.Tensor:
+        heads: dict[int, torch.Tensor] = {}
+        for number, rank in enumerate(self.ranks):
+            for i, head in enumerate(heads_of(self.kv_heads, number, self.tp)):
+                assert head not in heads or torch.equal(heads[head], rank.kv.pool[page, i]), "the copies of a head differ"
+                heads[head] = rank.kv.pool[page, i]
+        return torch.stack([heads[head] for head in range(self.kv_heads)])
+
+    def start(self, some: StepPlan) -> None:
+        for rank in self.ranks:
+            rank.mover.start(some)
+
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(rank.listener.address for rank in self.ranks)
+
+    def ended(self, count: int = 1) -> list[Moved]:
+        return self.ranks[0].ended(count)
 
 
-def test_a_copy_that_raises_is_an_error_of_its_move_alone() -> None:
-    m = Mover()
-    m.mover.start([Move(0, MoveKind.OUT, (1,), (9,)), Move(1, MoveKind.SEND, (1,)), Move(2, MoveKind.OUT, (1,), (0,))])
-    assert [bool(moved.error) for moved in m.ended(3)] == [True, True, False]
+@contextmanager
+def replicas(*shapes: tuple[int, int], **options: Any) -> Iterator[list[Replica]]:
+    torch.manual_seed(0)
+    found = [Replica(kv_heads, tp, **options) for kv_heads, tp in shapes]
+    with ExitStack() as stack:
+        for replica in found:
+            for rank in replica.ranks:
+                stack.callback(rank.mover.close)
+        yield found
+
+
+def connect(source: Replica, target: Replica, link: str = "r/0/nonce") -> None:
+    target.start(plan(links=(LinkEnd(link, source.tp, ()),)))
+    source.start(plan(links=(LinkEnd(link, target.tp, target.addresses()),)))
+
+
+# --- host memory ---
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_come_back_bit_by_bit(verify: bool, dtype: torch.dtype) -> None:
+    with replicas((2, 1), verify=verify, dtype=dtype) as (one,):
+        before = one.ranks[0].kv.pool.clone()
+        # The second reads what the first wrote; pages 1 and 2 are neighbours at both ends.
+        one.start(plan(Move(0, MoveKind.OUT, (4, 1, 2), (2, 0, 1)), Move(1, MoveKind.IN, (0, 3), (0, 2))))
+        first, second = one.ended(2)
+        assert (first.move, first.pages, first.error, second.move, second.pages, second.error) == (0, 3, None, 1, 2, None)
+        assert first.seconds > 0
+        for page, source in {0: 1, 3: 4, 1: 1, 2: 2, 4: 4}.items():
+            assert torch.equal(one.page(page), before[source])
+        assert torch.equal(one.ranks[0].kv.host[1], before[2])
+        assert one.ranks[0].mover.poll() == ()
+
+
+def test_a_copy_that_raises_is_an_error_of_its_move_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with replicas((2, 1)) as (one,):
+        kv = one.ranks[0].kv
+        copy = kv.copy_out
+
+        def some(pages: tuple[int, ...], host_pages: tuple[int, ...]) -> None:
+            if pages == (1,):
+                raise RuntimeError("no")
+            copy(pages, host_pages)
+
+        monkeypatch.setattr(kv, "copy_out", some)
+        one.start(plan(Move(0, MoveKind.OUT, (1,), (0,)), Move(2, MoveKind.OUT, (2,), (0,))))
+        assert [moved.error for moved in one.ended(2)] == ["no", None]
+
+
+def test_what_is_damaged_in_host_memory_is_found_when_moves_are_verified() -> None:
+    with replicas((2, 1), verify=True) as (one,):
+        one.start(plan(Move(0, MoveKind.OUT, (1,), (0,))))
+        one.ended()
+        one.ranks[0].kv.host[0, 0, 0, 0, 0, 0] += 1
+        one.start(plan(Move(1, MoveKind.IN, (2,), (0,))))
+        (moved,) = one.ended()
+        assert moved.error is not None
+        assert "differ" in moved.error
+
+
+def test_a_move_has_ended_when_it_has_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    with replicas((2, 2)) as (one,):
+        gate = threading.Event()
+        late = one.ranks[1].kv
+        copy = late.copy_out
+
+        def gated(pages: tuple[int, ...], host_pages: tuple[int, ...]) -> None:
+            assert gate.wait(WAIT_S)
+            copy(pages, host_pages)
+
+        monkeypatch.setattr(late, "copy_out", gated)
+        one.start(plan(Move(0, MoveKind.OUT, (1,), (0,))))
+        assert not one.ranks[0].woken.acquire(timeout=0.2)
+        gate.set()
+        assert one.ended()[0].error is None
+        assert one.store.values == {}  # the report has been read, and is gone
+
+
+def test_what_fails_on_one_rank_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with replicas((2, 2)) as (one,):
+
+        def fail(pages: tuple[int, ...], host_pages: tuple[int, ...]) -> None:
+            raise RuntimeError("rank 1 cannot")
+
+        monkeypatch.setattr(one.ranks[1].kv, "copy_out", fail)
+        one.start(plan(Move(0, MoveKind.OUT, (1,), (0,))))
+        assert one.ended()[0].error == "rank 1 cannot"
+
+
+def test_a_rank_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_mover, "RANKS_TIMEOUT_S", 0.05)
+    with replicas((2, 2)) as (one,):
+        one.ranks[0].mover.start(plan(Move(0, MoveKind.OUT, (1,), (0,))))
+        error = one.ended()[0].error
+        assert error is not None
+        assert "a rank has not moved" in error
+
+
+# --- links ---
+
+DEGREES = [(4, 1, 1), (4, 1, 2), (4, 2, 1), (4, 2, 4), (4, 4, 2), (4, 4, 1), (2, 4, 2), (2, 2, 4), (3, 3, 1)]
+
+
+@pytest.mark.parametrize(("kv_heads", "source_tp", "target_tp"), DEGREES)
+@pytest.mark.parametrize("kind", ["host", "gloo"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_every_head_of_every_page_arrives(kv_heads: int, source_tp: int, target_tp: int, kind: str, verify: bool) -> None:
+    with replicas((kv_heads, source_tp), (kv_heads, target_tp), link_kind=kind, verify=verify) as (source, target):
+        connect(source, target)
+        before = target.page(0).clone()
+        target.start(plan(Move(0, MoveKind.RECEIVE, (5, 2, 3), (), "r/0/nonce"), Move(1, MoveKind.RECEIVE, (4, 0), (), "r/0/nonce")))
+        source.start(plan(Move(7, MoveKind.SEND, (1, 4, 0), (), "r/0/nonce"), Move(8, MoveKind.SEND, (3,), (), "r/0/nonce")))
+        assert [(m.move, m.pages, m.error) for m in source.ended(2)] == [(7, 3, None), (8, 1, None)]
+        assert [(m.move, m.pages, m.error) for m in target.ended(2)] == [(0, 3, None), (1, 1, None)]
+        for there, here in {5: 1, 2: 4, 3: 0, 4: 3}.items():
+            assert torch.equal(target.page(there), source.page(here))
+        assert torch.equal(target.page(0), before)  # there was room for it, and it did not come
+
+
+def test_what_cannot_be_opened_goes_over_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_link, "_pair", lambda *_: None)
+    for kind in ("gloo", "nccl"):
+        with replicas((2, 1), (2, 1), link_kind=kind) as (source, target):
+            connect(source, target)
+            target.start(plan(Move(0, MoveKind.RECEIVE, (5,), (), "r/0/nonce")))
+            source.start(plan(Move(0, MoveKind.SEND, (1,), (), "r/0/nonce")))
+            assert target.ended()[0].error is None
+            assert torch.equal(target.page(5), source.page(1))
+
+
+def test_links_do_not_wait_for_each_other() -> None:
+    with replicas((2, 1), (2, 1)) as (source, target):
+        for link in ("a/0/1", "b/0/2"):
+            connect(source, target, link)
+        target.start(plan(Move(0, MoveKind.RECEIVE, (0,), (), "a/0/1"), Move(1, MoveKind.RECEIVE, (1,), (), "b/0/2")))
+        source.start(plan(Move(0, MoveKind.SEND, (3,), (), "b/0/2")))
+        assert [moved.move for moved in target.ended()] == [1]
+        source.start(plan(Move(1, MoveKind.SEND, (2,), (), "a/0/1")))
+        assert [moved.move for moved in target.ended()] == [0]
+        assert torch.equal(target.page(0), source.page(2))
+        assert torch.equal(target.page(1), source.page(3))
+
+
+@pytest.mark.parametrize("kind", ["host", "gloo"])
+@pytest.mark.parametrize("who", ["source", "target"])
+def test_a_link_that_is_closed_ends_what_waits_on_it_at_both_ends(kind: str, who: str) -> None:
+    with replicas((2, 1), (2, 1), link_kind=kind) as (source, target):
+        connect(source, target)
+        target.start(plan(Move(0, MoveKind.RECEIVE, (0,), (), "r/0/nonce"), Move(1, MoveKind.RECEIVE, (1,), (), "r/0/nonce")))
+        source.start(plan(Move(0, MoveKind.SEND, (2,), (), "r/0/nonce")))
+        assert target.ended()[0].error is None  # both ends are open, and the second RECEIVE waits
+        began_s = time.monotonic()
+        (source if who == "source" else target).start(plan(closed=("r/0/nonce",)))
+        assert target.ended()[0].error is not None
+        assert time.monotonic() - began_s < page_link.TRANSFER_TIMEOUT_S / 2  # not by waiting for the time-out
+        source.start(plan(Move(1, MoveKind.SEND, (3,), (), "r/0/nonce")))
+        source.ended(1)
+        assert source.ended()[0].error is not None
+
+
+def test_a_peer_that_dies_in_mid_page_is_an_error_and_the_other_link_goes_on() -> None:
+    with replicas((2, 1), (2, 1)) as (source, target):
+        connect(source, target, "good")
+        target.start(plan(Move(0, MoveKind.RECEIVE, (0,), (), "bad"), links=(LinkEnd("bad", 1, ()),)))
+        channel = dial(target.addresses()[0], Hello("bad", 0, 0, "host"), CPU)
+        channel.send(torch.tensor([1]))
+        channel.send(source.page(1)[0, 0].contiguous())
+        channel.close()
+        (moved,) = target.ended()
+        assert moved.error is not None
+        target.start(plan(Move(1, MoveKind.RECEIVE, (1,), (), "good")))
+        source.start(plan(Move(0, MoveKind.SEND, (2,), (), "good")))
+        assert target.ended()[0].error is None
+
+
+def test_more_pages_than_there_is_room_for_are_refused() -> None:
+    with replicas((2, 1), (2, 1)) as (source, target):
+        connect(source, target)
+        before = target.ranks[0].kv.pool.clone()
+        target.start(plan(Move(0, MoveKind.RECEIVE, (0,), (), "r/0/nonce")))
+        source.start(plan(Move(0, MoveKind.SEND, (1, 2), (), "r/0/nonce")))
+        error = target.ended()[0].error
+        assert error is not None
+        assert "room for 1" in error
+        assert torch.equal(target.ranks[0].kv.pool, before)
+
+
+def test_a_link_that_nobody_opens_or_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_link, "ARRIVAL_TIMEOUT_S", 0.1)
+    with replicas((2, 1), (2, 1)) as (source, target):
+        target.start(plan(Move(0, MoveKind.RECEIVE, (0,), (), "a"), Move(1, MoveKind.RECEIVE, (1,), (), "b"), links=(LinkEnd("a", 1, ()),)))
+        errors = {moved.move: moved.error or "" for moved in target.ended(2)}
+        assert "did not come" in errors[0]
+        assert "no link" in errors[1]
+        source.start(plan(Move(0, MoveKind.SEND, (1,), (), "x"), links=(LinkEnd("x", 1, target.addresses()),)))  # nobody expects it
+        assert source.ended()[0].error is not None
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x05\x00\x00\x00\xc1\xc1\xc1\xc1\xc1", b"\xff\xff\xff\x7f"])
+def test_a_stranger_is_turned_away(said: bytes) -> None:
+    listener = Listener(listen(LOOPBACK), CPU)
+    host, port = listener.address.split(":")
+    with socket.create_connection((host, int(port)), WAIT_S) as stranger:
+        stranger.sendall(said)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.settimeout(WAIT_S)
+        with suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    listener.close()
+    with pytest.raises(LinkBroken):
+        dial(listener.address, Hello("a", 0, 0, "host"), CPU)
+
+
+def test_the_same_pair_cannot_come_twice() -> None:
+    listener = Listener(listen(LOOPBACK), CPU)
+    refused = threading.Event()
+
+    def knock() -> None:
+        try:
+            dial(listener.address, Hello("a", 0, 0, "host"), CPU).close()
+        except LinkBroken:
+            refused.set()
+
+    threads = [threading.Thread(target=knock) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert refused.wait(WAIT_S)
+    listener.accept("a", 0, 0).close()  # whoever came first
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    listener.close()
