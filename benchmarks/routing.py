@@ -1,14 +1,14 @@
 """The routing policies against each other: recorded sessions on four real replicas, the same requests under each policy.
 
-    python benchmarks/routing.py                               all four policies, twice: about 7 minutes on two cores
+    python benchmarks/routing.py                               all four policies, twice: about 15 minutes on two cores
     python benchmarks/routing.py --policies cost --one-session-in 120    a first look
 
 The requests are sessions of Mooncake's conversation trace (one in 30, whole; kvcache-ai/Mooncake, FAST25-release/traces), with lengths
 divided by 16: a 512-token block of the trace is one 32-token page here. Requests beyond 2,048 tokens are left out. The hour of the trace
-is compressed so that requests arrive at 85 % of the rate that the replicas keep up with when nothing is reused, which a closed loop
+is compressed so that requests arrive at 70 % of the rate that the replicas keep up with when nothing is reused, which a closed loop
 without common prefixes measures first; under each policy it runs first, as a warm-up. The model is a Llama with random weights, large
-enough that prefill takes its time (4 layers, hidden size 256). Each replica has one thread, and 512 pages: a seventh of the 3,450 that
-the sessions' prompts fill.
+enough that prefill, and not the way there, is what a first token waits for (8 layers, hidden size 512). Each replica has one thread, and
+512 pages: a seventh of the 3,450 that the sessions' prompts fill.
 
 Quire is started anew for each policy, and all policies run twice, the second time in reverse order, because a shared machine is not
 the same from minute to minute; the rate without reuse, which every run prints, shows by how much. TTFT is seen by the client; the hit
@@ -34,7 +34,7 @@ from quire.deploy.load.report import percentile
 from quire.deploy.load.workload import LoadRequest, TraceOptions, trace_file
 
 SCALE, MAX_TOKENS, VOCAB = 16, 2048, 257
-LOAD = 0.85  # of what the replicas keep up with when nothing is reused
+LOAD = 0.7  # of what the replicas keep up with when nothing is reused
 WARM_UP, STREAMS = 64, 16
 QUIRE = [sys.executable, "-m", "quire.deploy.cli"]
 
@@ -52,9 +52,9 @@ def save_model(path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2 * MAX_TOKENS,

@@ -2,48 +2,23 @@
 
 The same fp32 weights, the first 32 MT-bench questions and 8 contexts of 1,500 tokens and more cut from the sonnets, 64 new
 tokens each. Where a token differs, transformers' own logits must have a tie there: a top-2 gap below 1e-4.
+
+`generate` takes longer than all the tests, so its answers are on record, and only a few of them are asked for again here.
 """
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from same_tokens_reference import NEW_TOKENS, QUESTIONS, Reference, prompts_of, recorded
 
 from quire import LLM, SamplingParams
-from quire.worker.text.source import resolve_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-NEW_TOKENS, TIE, LONG_TOKENS = 64, 1e-4, 1500
-NO_TOKEN = -1  # as end of sequence: go on past it
+TIE = 1e-4
+AGAIN = [0, 5, 17, 31, QUESTIONS]  # questions, and the first of the long contexts
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-
-
-class Reference:
-    """transformers on the same weights."""
-
-    def __init__(self) -> None:
-        path = resolve_model("smollm2")
-        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-
-    @torch.inference_mode()
-    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Greedy continuations of a batch, padded on the left."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0)
-        return self.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-
-    @torch.inference_mode()
-    def gap(self, context: list[int]) -> float:
-        """Between the two highest logits after `context`."""
-        best = self.model(torch.tensor([context]), logits_to_keep=1).logits[0, -1].topk(2).values
-        return float(best[0] - best[1])
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +28,14 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def prompts(data_file: Callable[[str], Path]) -> list[list[int]]:
-    """Token ids: 32 questions through the chat template, 8 long contexts."""
-    from quire.worker.text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(resolve_model("smollm2"))
-    with gzip.open(data_file("prompts/mt_bench_question.jsonl.gz"), "rt") as file:
-        questions = [json.loads(line)["turns"][0] for line in list(file)[:32]]
-    rendered = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
-    sonnets = tokenizer.encode(data_file("prompts/shakespeare_sonnets.txt").read_text())
-    long = [sonnets[i * 2000 : i * 2000 + LONG_TOKENS + 37 * i] for i in range(8)]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in rendered] + long
+    return prompts_of(data_file("prompts/mt_bench_question.jsonl.gz"), data_file("prompts/shakespeare_sonnets.txt"))
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
-    return [tokens for i in range(0, len(prompts), 8) for tokens in reference.generate(prompts[i : i + 8])]
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    found = recorded(prompts)
+    assert found is not None, "smollm2_reference.json is of other prompts or weights: run tests/worker/same_tokens_reference.py"
+    return found
 
 
 def generate(llm: LLM, prompts: list[list[int]], at_once: int) -> list[list[int]]:
@@ -95,10 +63,13 @@ def engine(**options: object) -> LLM:
     return LLM(progress=False, **{"max_running": 16, "kv_pages": 1200} | options)
 
 
-def test_alone_and_sixteen_at_a_time(reference, prompts, expected):
-    llm = engine(prefix_cache=False)
-    ties(reference, prompts, generate(llm, prompts, 1), expected, "alone")
-    ties(reference, prompts, generate(llm, prompts, 16), expected, "16 at a time")
+def test_what_is_on_record_is_what_transformers_generates(reference, prompts, expected):
+    got = [reference.generate([prompts[i]])[0] for i in AGAIN]
+    ties(reference, [prompts[i] for i in AGAIN], got, [expected[i] for i in AGAIN], "transformers again, one at a time")
+
+
+def test_alone(reference, prompts, expected):
+    ties(reference, prompts, generate(engine(prefix_cache=False), prompts, 1), expected, "alone")
 
 
 def test_with_chunks_of_64_tokens(reference, prompts, expected):
@@ -106,9 +77,9 @@ def test_with_chunks_of_64_tokens(reference, prompts, expected):
     ties(reference, prompts, generate(llm, prompts, 16), expected, "chunks of 64")
 
 
-def test_with_a_warm_prefix_cache(reference, prompts, expected):
+def test_sixteen_at_a_time_and_then_with_a_warm_prefix_cache(reference, prompts, expected):
     llm = engine()
-    generate(llm, prompts, 16)
+    ties(reference, prompts, generate(llm, prompts, 16), expected, "16 at a time")
     before = llm.stats().prefix_hit_tokens
     ties(reference, prompts, generate(llm, prompts, 16), expected, "warm prefix cache")
     reusable = sum((len(prompt) - 1) // 32 * 32 for prompt in prompts)
