@@ -58,6 +58,7 @@ def main() -> int:
     started_s = time.perf_counter()
     outcomes: Counter[str] = Counter()
     results: list[Result] = []
+    migrations: Counter[str] = Counter()
     broken: dict[int, str] = {}
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         seeds = range(args.first, args.first + args.runs)
@@ -68,11 +69,13 @@ def main() -> int:
             else:
                 results.append(result)
                 outcomes.update(result.outcomes)
+                migrations.update(result.migrations)
     figures: dict[str, Any] = {
         "runs": args.runs,
         "broken": len(broken),
         "requests": outcomes.total(),
         "outcomes": dict(outcomes.most_common()),
+        "migrations": dict(migrations.most_common()),
         "replica_deaths": sum(r.deaths for r in results),
         "requests_that_lost_their_replica": sum(r.lost for r in results),
         "requests_resumed": sum(r.resumed for r in results),

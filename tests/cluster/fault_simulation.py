@@ -2,7 +2,8 @@
 
 Real are the ingress (`RemoteEngineClient` with its journals), the controller's decisions (table, queue, router, admissions) and each
 replica from the engine's loop down to the page pool; its model is a hash that reads its context back through the pages. In place of
-Ray there is a network that loses, repeats and delays messages, and a fate that kills, restarts and freezes processes.
+Ray there is a network that loses, repeats and delays messages, and a fate that kills, restarts and freezes processes. Meanwhile requests
+are moved from replica to replica at random.
 
 After each run: every request has ended once, its tokens are those of an undisturbed run, without gap or repeat, no page is held,
 nothing is counted anywhere that is not there, and no two processes have ever been the same life of a replica.
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
-from paged_memory import expected_output
+from paged_memory import Page, expected_output
 from simulated_network import Broken, Faults, Net, Process, VirtualLoop
 from simulated_processes import POISON, REPLICAS, ControllerProcess, Ingress, Replica
 
 from quire.cluster.journal import Owner
 from quire.cluster.remote_client import RemoteStream
-from quire.worker.protocol import FinishReason, GenerateRequest, QuireError, SamplingParams
+from quire.worker.protocol import FinishReason, GenerateRequest, QuireError, ReplicaLost, SamplingParams
 from quire.worker.sequence import sequence_seed
 
 TROUBLE_S = 4.0  # faults come in this time; afterwards the network is sound and processes are let live
@@ -73,13 +76,14 @@ class Client:
 
 
 class Result(NamedTuple):
-    """What a run came to: how requests ended, replicas that died, times that requests lost theirs and went on elsewhere."""
+    """What a run came to: how requests ended, replicas that died, times that requests lost theirs and went on elsewhere, migrations."""
 
     outcomes: dict[str, int]
     deaths: int
     lost: int
     resumed: int
     end_s: float  # virtual
+    migrations: dict[str, int]  # by outcome
 
 
 class World:
@@ -92,6 +96,9 @@ class World:
         self.lease_s = lease_s
         self.net = Net(loop, chance, Faults(chance.choice((0, 0.01, 0.05)), chance.choice((0, 0.02, 0.1)), chance.choice((0, 0.02))))
         self.replicas: list[Replica] = []
+        self.wires: dict[str, deque[list[Page]]] = {}  # that pages travel on
+        self.nonces = count()
+        self.migrations: Counter[str] = Counter()
         self.deaths = 0
         self.lives: set[Owner] = set()
         self.takers: dict[tuple[str, int], Owner] = {}  # (request, attempt) -> who took it
@@ -120,7 +127,8 @@ class World:
     async def run(self) -> Result:
         readers = [self.net.spawn(self._read(client)) for client in self.clients]
         fate = self.net.spawn(self._fate())
-        ended = asyncio.gather(fate, *readers)
+        moves = [self.net.spawn(self._migrate()) for _ in range(self.chance.choice((0, 10, 30, 60)))]
+        ended = asyncio.gather(fate, *readers, *moves)
         await asyncio.wait([ended, self.net.failed], timeout=RUN_S, return_when=asyncio.FIRST_COMPLETED)
         if self.net.failed.done():
             self.net.failed.result()
@@ -138,7 +146,9 @@ class World:
         for client in self.clients:
             kind = f"{client.outcome}, poison" if client.poisoned else client.outcome
             outcomes[kind] = outcomes.get(kind, 0) + 1
-        return Result(outcomes, self.deaths, sum(r.lost for r in recovery), sum(r.resumed for r in recovery), self.loop.time())
+        return Result(
+            outcomes, self.deaths, sum(r.lost for r in recovery), sum(r.resumed for r in recovery), self.loop.time(), dict(self.migrations)
+        )
 
     # --- what clients do ---
 
@@ -213,6 +223,22 @@ class World:
         await asyncio.sleep(TROUBLE_S - self.loop.time())
         self.net.trouble = False
 
+    async def _migrate(self) -> None:
+        """Somebody asks a replica to move one of its requests."""
+        await asyncio.sleep(self.chance.uniform(0.7, TROUBLE_S + 2.0))
+        sources = [r for r in self.replicas if r.alive and r.engine.requests()]
+        if not sources:
+            return
+        source = self.chance.choice(sources)
+        others = [r for r in self.replicas if r is not source]  # dead ones, too: who asks may not know
+        to = self.chance.choice([r for r in others if r.alive or self.chance.random() < 0.2] or others)
+        request_id = self.chance.choice(source.engine.requests()).request_id
+        try:
+            outcome = await self.net.call(self.controller, source, lambda: source.migrate(request_id, to.peer), 60.0)
+        except ReplicaLost:
+            outcome = "unanswered"
+        self.migrations[outcome] += 1
+
     def _kill_replica(self) -> None:
         alive = [r for r in self.replicas if r.alive]
         if alive:
@@ -272,6 +298,8 @@ class World:
             counts = r.engine.scheduler.pool.counts()
             if counts.active or counts.reserved or counts.free + counts.cached != counts.total or not r.engine.idle():
                 left.append(f"{r.name} holds {counts}")
+            if r.loop._migrator.busy:
+                left.append(f"{r.name} has migrations")
             books = r.loop._subscriptions
             if books._readings or any(c.requests for c in books._connections.values()):
                 left.append(f"{r.name} remembers {books._readings}")

@@ -17,7 +17,10 @@ from quire.cluster.messages import AdmitRequest, Route
 from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving
 from quire.cluster.routing import Router
 from quire.cluster.tenants import TenantTable
+from quire.worker.config import MigrationOptions
 from quire.worker.engine_loop import EngineLoop
+from quire.worker.migration_wire import Peer
+from quire.worker.migrator import Mail
 from quire.worker.outbox import Outbox
 from quire.worker.plan import StepPlan, StepResult
 from quire.worker.protocol import EventFrame, GenerateRequest, QuireError, ReplicaLost, pack_events, unpack_events
@@ -56,8 +59,10 @@ class Replica(Process):
         self.owner = Owner(replica_id, epoch)
         self.world = world
         self.engine = hash_engine(pages=24, page_size=4, max_batch_tokens=12, max_running=4, max_waiting=8, clock=world.loop.time)
-        self.engine.runner = PoisonedMemory(24, 4)
-        self.loop = EngineLoop(self.engine, replica_id, epoch, clock=world.loop.time)
+        self.engine.runner = PoisonedMemory(24, 4, wires=world.wires)
+        self.peer = Peer(self.name, replica_id, epoch)
+        mail = Mail(self.peer, self._post, lambda: f"m{next(world.nonces)}", MigrationOptions(max_migrations=2))
+        self.loop = EngineLoop(self.engine, replica_id, epoch, clock=world.loop.time, mail=mail)
         self.ready_s = world.loop.time() + START_S
         self.outboxes: dict[str, Outbox] = {}
         self.nudged = asyncio.Event()
@@ -81,7 +86,7 @@ class Replica(Process):
                 self.die()
                 return
             self.engine.scheduler.check()
-            if not self.engine.idle():
+            if not self.engine.idle() or self.loop._migrator.busy:
                 await asyncio.sleep(STEP_S)
             else:
                 try:
@@ -115,6 +120,30 @@ class Replica(Process):
         owner = self.world.takers.setdefault((request.request_id, request.attempt), self.owner)
         if owner != self.owner:
             raise Broken(f"attempt {request.attempt} of {request.request_id} has two owners: {owner} and {self.owner}")
+
+    async def migrate(self, request_id: str, to: Peer) -> str:
+        result = await asyncio.wrap_future(self._asked(self.loop.migrate(request_id, to)))
+        self.world.note(f"{request_id}: {self.name} -> {to.actor}: {result.outcome} {result.reason}")
+        return str(result.outcome)
+
+    def hear(self, data: bytes) -> None:
+        self.loop.heard(data)
+        self.nudged.set()
+
+    def _post(self, actor: str, data: bytes) -> None:
+        """A message to another replica; when that is dead, the caller hears of it, as Ray says so."""
+        there = next(r for r in self.world.replicas if r.name == actor)
+
+        async def send() -> None:
+            try:
+                await self.world.net.call(self, there, lambda: there.hear(data))
+            except Gone:
+                self.loop.peer_lost(actor)
+                self.nudged.set()
+            except ReplicaLost:
+                pass
+
+        self.world.net.spawn(send())
 
     def abort(self, request_id: str, attempt: int, choice: int | None) -> None:
         self.loop.abort(request_id, choice, attempt)

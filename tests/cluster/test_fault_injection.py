@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,9 @@ def test_the_faults_are_there() -> None:
     assert outcomes["RequestFailed, poison"] > 0
     assert sum(result.deaths for result in results) > 30
     assert sum(result.resumed for result in results) > 30
+    moved = sum((Counter(result.migrations) for result in results), Counter())
+    assert moved["moved"] > 10
+    assert moved.total() > moved["moved"]
 
 
 def test_a_seed_is_the_same_run_each_time() -> None:
