@@ -32,6 +32,9 @@ class Streams(Protocol):
     def take(self, request_id: str, owner: Owner, choices: int) -> None:
         """Its outputs go to that ingress from now on."""
 
+    def tell(self, outputs: list[SequenceOutput]) -> None:
+        """Give them to whoever reads them, now."""
+
 
 class Arrivals:
     """Requests from one source (`berth.Arrivals`).
@@ -40,14 +43,12 @@ class Arrivals:
         engine: where they go on.
         streams: who reads them.
         source: where they come from.
-        outputs: where each sequence's first output goes: no tokens, and where it comes from.
     """
 
-    def __init__(self, engine: Engine, streams: Streams, source: Peer, outputs: list[SequenceOutput]) -> None:
+    def __init__(self, engine: Engine, streams: Streams, source: Peer) -> None:
         self._engine = engine
         self._streams = streams
         self._source = source
-        self._outputs = outputs
 
     def check(self, offer: Offer) -> None:
         """As the protocol says; so below."""
@@ -79,8 +80,9 @@ class Arrivals:
         self._engine.arrive(offer, sequences, ended_tokens, placed)
         self._streams.take(sequences[0].request_id, _owner(offer), len(sequences))
         peer = self._source.replica_id, self._source.epoch
-        for s in sequences:
-            self._outputs.append(SequenceOutput(s.request_id, s.choice, len(s.tokens) - s.prompt_len, (), peer=peer))
+        self._streams.tell(
+            [SequenceOutput(s.request_id, s.choice, len(s.tokens) - s.prompt_len, (), peer=peer) for s in sequences]  # the first from here
+        )
 
     def _check_stream(self, offer: Offer) -> None:
         if not self._streams.can_take(offer.sequences[0].request_id, _owner(offer)):

@@ -207,6 +207,8 @@ class Engine:
             offer.trace,
         )
         self.scheduler.arrive(request, placed)
+        if self.spans is not None:
+            self.spans.submitted(_as_submitted(offer, arrived), {s.seq: s.choice for s in arrived.values()})
 
     def _revived(self, snapshot: SequenceSnapshot, root: bytes) -> Sequence:
         self._sequences += 1
@@ -227,7 +229,7 @@ class Engine:
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request, or one of its sequences, at once; the terminal outputs (none if it is not alive)."""
-        return self._traced(self.scheduler.abort(request_id, choice))
+        return self.traced(self.scheduler.abort(request_id, choice))
 
     def step(self) -> list[SequenceOutput]:
         """Compute one step; what each sequence gained. Nothing to do gives an empty list.
@@ -244,11 +246,11 @@ class Engine:
         plan = self.scheduler.plan()
         self.resting = plan is None
         if plan is None:
-            return self._traced(outputs)
+            return self.traced(outputs)
         try:
             result = self.runner.run(plan)
         except Exception as error:  # noqa: BLE001  whatever a sequence may provoke; the engine's own fault is raised again
-            return self._traced(outputs + self._contain(error))
+            return self.traced(outputs + self._contain(error))
         outputs += self.scheduler.apply(result)
         now_s = self._clock()
         self._step_s += now_s - started_s
@@ -256,9 +258,10 @@ class Engine:
             self.scheduler.speeds.count(sum(row.num_tokens for row in plan.rows if row.num_tokens > 1), now_s - started_s)
         self.scheduler.took(plan, now_s - started_s)
         self._rate.count(sum(o.finish is not None for o in outputs), now_s)
-        return self._traced(outputs, plan, now_s - started_s)
+        return self.traced(outputs, plan, now_s - started_s)
 
-    def _traced(self, outputs: list[SequenceOutput], plan: StepPlan | None = None, took_s: float = 0.0) -> list[SequenceOutput]:
+    def traced(self, outputs: list[SequenceOutput], plan: StepPlan | None = None, took_s: float = 0.0) -> list[SequenceOutput]:
+        """`outputs`, noted where traces are kept."""
         if self.spans is not None:
             self.spans.stepped([new.seq for new in plan.new] if plan is not None else (), outputs, took_s)
         return outputs
@@ -398,6 +401,16 @@ class Engine:
             self._sequences += 1
             sequences.append(s)
         return sequences
+
+
+def _as_submitted(offer: Offer, sequences: dict[int, Sequence]) -> GenerateRequest:
+    """The request of sequences that have arrived. Prompts all of whose choices have ended are empty."""
+    first = offer.sequences[0]
+    prompts = {choice // first.params.n: tuple(s.tokens[: s.prompt_len]) for choice, s in sequences.items()}
+    in_order = tuple(prompts.get(i, ()) for i in range(max(prompts) + 1))
+    return GenerateRequest(
+        first.request_id, in_order, first.params, first.priority, offer.tenant, offer.deadline_ms, trace=offer.trace, attempt=first.attempt
+    )
 
 
 def build_engine(

@@ -204,8 +204,6 @@ class EngineLoop:
         self._step_began_s = self._clock()
         outputs = self._engine.step()
         self._step_began_s = None
-        if self._migrator is not None:
-            outputs = self._migrator.take_outputs() + outputs
         now_s = self._clock()
         due = now_s - self._beat_s >= self._heartbeat_s
         self._stats = self._engine.stats()

@@ -76,11 +76,12 @@ class Budget:
 
 
 class Shipping(NamedTuple):
-    """How pages leave a replica: the moves of its pool, the bytes of a page on all ranks, and what may be spent."""
+    """How pages leave a replica."""
 
-    moves: PageMoves
-    page_bytes: int
+    moves: PageMoves  # of its pool
+    page_bytes: int  # of one page, on all ranks
     budget: Budget
+    tell_reader: Callable[[list[SequenceOutput]], None]  # what becomes of a request, at once: a later attempt may follow on its heels
 
 
 class SourceMigration:
@@ -94,18 +95,17 @@ class SourceMigration:
         shipping: of all migrations from here.
         say: gives a message to `to`.
 
-    `outputs` holds what the request's reader is to be told; `result` is None until it is over.
+    `result` is None until it is over.
     """
 
     def __init__(self, name: str, request_id: str, to: Peer, cargo: Cargo, shipping: Shipping, say: Say) -> None:
         self.name = name
         self.request_id = request_id
         self.to = to
-        self.outputs: list[SequenceOutput] = []
         self.result: MigrationResult | None = None
         self.state = Source.OFFERED
         self._cargo = cargo
-        self._moves, self._page_bytes, self._budget = shipping
+        self._moves, self._page_bytes, self._budget, self._tell_reader = shipping
         self._round_pages = self._budget.round_pages(self._page_bytes)
         self._say = say
         self._latest: Message = Abort("nothing was offered")
@@ -166,7 +166,7 @@ class SourceMigration:
         if self.over:
             return
         if self.state is Source.FROZEN:
-            self.outputs += self._cargo.drop()
+            self._tell_reader(self._cargo.drop())
         self._say(Abort(reason))
         self._end(Outcome.LOST if self.state is Source.FROZEN else Outcome.ABORTED, reason)
 
@@ -241,7 +241,7 @@ class SourceMigration:
         self._tell(Commit(self._cargo.commit(), self._pages, self._round, self._cargo.ended_tokens), now_s)
 
     def _moved(self, now_s: float) -> None:
-        self.outputs += self._cargo.leave((self.to.replica_id, self.to.epoch))
+        self._tell_reader(self._cargo.leave((self.to.replica_id, self.to.epoch)))
         self._end(self._cargo.outcome, "", now_s - self._frozen_s)
 
     def _refused(self, reason: str) -> None:

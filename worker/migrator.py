@@ -80,8 +80,6 @@ class Migrator:
         mail: to the others.
         streams: who reads what.
         clock: seconds, monotonic; the engine's.
-
-    `outputs` is taken by whoever sends them to the readers.
     """
 
     def __init__(self, engine: Engine, mail: Mail, streams: Streams, clock: Callable[[], float]) -> None:
@@ -89,14 +87,13 @@ class Migrator:
         self._me, self._send, self._nonce, options = mail
         self._streams = streams
         self._at_once = options.max_migrations
-        self._shipping = Shipping(engine.scheduler.moves, engine.page_bytes, Budget(options.migration_bandwidth))
+        self._shipping = Shipping(engine.scheduler.moves, engine.page_bytes, Budget(options.migration_bandwidth), streams.tell)
         self._clock = clock
         self._asked: deque[_Asked] = deque()
         self._leaving: dict[str, tuple[SourceMigration, Done]] = {}
         self._arriving: dict[str, tuple[DestinationMigration, Peer]] = {}
         self._over: dict[str, tuple[SourceMigration | DestinationMigration, float]] = {}  # oldest first, with the time of its end
         self._relief: Peer | None = None
-        self.outputs: list[SequenceOutput] = []
 
     @property
     def busy(self) -> bool:
@@ -169,13 +166,6 @@ class Migrator:
             done(lost)
         self._asked.clear()
         self._leaving.clear()
-
-    def take_outputs(self) -> list[SequenceOutput]:
-        """What the readers are to be told of since it was asked last."""
-        self._collect()
-        outputs = self.outputs.copy()
-        self.outputs.clear()
-        return outputs
 
     # --- leaving ---
 
@@ -251,7 +241,7 @@ class Migrator:
                 raise Unfit(f"its pages are {offer.format}, not {self._engine.page_format}")
             if len(self._arriving) >= self._at_once:
                 raise Unfit(f"{len(self._arriving)} requests arrive already")
-            berth = Berth(scheduler, name, offer, Arrivals(self._engine, self._streams, source, self.outputs))
+            berth = Berth(scheduler, name, offer, Arrivals(self._engine, self._streams, source))
         except Unfit as error:
             self._say(source, name, Abort(str(error)))
             return
@@ -261,17 +251,14 @@ class Migrator:
 
     # --- both ---
 
+    def _tell_reader(self, outputs: list[SequenceOutput]) -> None:
+        self._streams.tell(self._engine.traced(outputs))
+
     def _say(self, to: Peer, name: str, message: Message) -> None:
         self._send(to.actor, pack_message(Envelope(self._me, name, message)))
 
-    def _collect(self) -> None:
-        for migration, _ in self._leaving.values():
-            self.outputs += migration.outputs
-            migration.outputs.clear()
-
     def _tidy(self, now_s: float) -> None:
         """Take out what is over, and tell who asked."""
-        self._collect()
         for name, (migration, done) in list(self._leaving.items()):
             if migration.result is not None:
                 del self._leaving[name]

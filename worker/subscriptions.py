@@ -108,6 +108,10 @@ class Subscriptions:
             raise LookupError(f"no connection of {owner.ingress!r}")
         self.claim(request_id, connection, owner.attempt, choices)
 
+    def tell(self, outputs: list[SequenceOutput]) -> None:
+        """What a move has made of requests."""
+        self.send(outputs, None)
+
     # --- inside ---
 
     def _connection_of(self, ingress: str) -> str | None:

@@ -204,6 +204,10 @@ class World:
         if output.peer is not None and output.finish is None:
             stream.owner = replica.name
         if output.finish is FinishReason.MOVED:
+            if replica.name == stream.owner:
+                stream.owner = output.peer[0]
+                if not self[stream.owner].alive:
+                    self.resume(stream)
             return
         if output.finish is FinishReason.ABORT:
             if replica.name == stream.owner:

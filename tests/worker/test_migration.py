@@ -393,6 +393,16 @@ def test_last_pages_that_never_come_leave_it_where_it_is():
     assert world.streams["r"].resumed == 0
 
 
+def test_a_later_attempt_may_follow_at_once_where_an_earlier_one_was_given_up():
+    world = World()
+    reach(world, Source.FROZEN)
+    stream, migration = world.streams["r"], world["A"].leaving()[0]
+    world["A"].loop._post(lambda: migration.abort("told to"))
+    world.random.choice = lambda names: "A"  # both before the next step
+    world["A"].loop._post(lambda: stream.attempt or world.resume(stream))
+    world.settle()
+
+
 def test_a_step_that_raises_in_the_meantime_hurts_nobody():
     world = World()
     reach(world, Source.FROZEN)
