@@ -24,6 +24,7 @@ CHUNK, CHUNKS, PAGE = 512, 6, 32
 ALLOWED = 0.02
 
 
+@pytest.mark.first
 @pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="there is no C compiler here")
 def test_int8_keeps_the_perplexity(data_file: Callable[[str], Path], record_property: Callable[[str, object], None]) -> None:

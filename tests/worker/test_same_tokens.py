@@ -14,7 +14,7 @@ from same_tokens_reference import NEW_TOKENS, QUESTIONS, Reference, prompts_of, 
 
 from quire import LLM, SamplingParams
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.first, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TIE = 1e-4
 AGAIN = [0, 5, 17, 31, QUESTIONS]  # questions, and the first of the long contexts
