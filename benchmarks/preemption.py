@@ -1,14 +1,16 @@
 """What is done when pages run out: the single reflexes against the decision, on half of the pages that the requests would like.
 
     python benchmarks/preemption.py                          recompute, swap and decide, twice: about 12 minutes on two cores
-    python benchmarks/preemption.py --replicas 2             with migrate, which needs somewhere to go
+    python benchmarks/preemption.py --replicas 2             with migrate, which needs somewhere to go: `quire serve`, `quire bench`
     python benchmarks/preemption.py --requests 24 --rounds 1 a first look
 
 Requests have the lengths of the Azure conversation trace (Azure/AzurePublicDataset, AzureLLMInferenceTrace_conv.csv, CC-BY-4.0; cite Patel
-et al., Splitwise, ISCA 2024) divided by 4, with random prompts, `--concurrency` of them open at each replica. The demand is what so many
-requests hold at their ends, on average; the pool has `--pool` of that. All modes take turns, every other round in reverse order,
-because a shared machine is not the same from minute to minute. TPOT is seen by the client: for each request the mean time of its tokens
-after the first. The recompute tax is the share of all computed tokens that were computed before.
+et al., Splitwise, ISCA 2024), prompts divided by 8 and outputs by 2, so that sequences grow to about twice what they begin with. Prompts
+are random tokens; `--concurrency` requests are open at each replica. The demand is what so many hold at their ends, on average; the pool
+has `--pool` of that. All modes take turns, every other round in reverse order,
+because a shared machine is not the same from minute to minute. TPOT is the mean time of a request's tokens after the first. The recompute
+tax is the share of all computed tokens that were computed before. With one replica the engine runs in this process, so that nothing but
+the engine decides how much it is pressed; with several, the controller shares requests out, and holds them back.
 
 Goals: the decision is at least as good as the best reflex on output tokens/s and on TPOT p99 (within `NOISE`, which runs of one mode
 differ by), and its recompute tax is below 2 %.
@@ -23,18 +25,25 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from serve_bench import START_TIMEOUT_S, stop, wait_until_ready
+from tqdm import tqdm
 
+from quire import LLM, SamplingParams
+from quire.deploy.load.report import percentile
 from quire.deploy.load.workload import LoadRequest, TraceOptions, trace_file
+from quire.worker.protocol import GenerateRequest
 
 QUIRE = [sys.executable, "-m", "quire.deploy.cli"]
-SCALE, MAX_TOKENS, PAGE_SIZE = 4, 2048, 32
+PROMPT_SCALE, OUTPUT_SCALE, MAX_TOKENS, PAGE_SIZE = 8, 2, 1024, 32
 TAX_GOAL, NOISE = 0.02, 0.03
 DECIDE = "decide"
 
@@ -43,6 +52,68 @@ def pool_pages(trace: list[LoadRequest], args: argparse.Namespace) -> int:
     """Pages of each replica's pool: the share asked for of what its open requests hold at their ends; at least the largest of all."""
     held = [-(-(len(request.prompt) + request.output_tokens) // PAGE_SIZE) for request in trace]
     return max(int(args.pool * args.concurrency * sum(held) / len(held)), max(held) + 1)
+
+
+def scaled_trace(path: Path, count: int, vocab_size: int) -> list[LoadRequest]:
+    """The first `count` requests of the trace that are short enough, with shorter lengths."""
+    whole = trace_file(path, 4 * count, TraceOptions(vocab_size=vocab_size))
+    scaled = [
+        replace(r, prompt=r.prompt[: -(-len(r.prompt) // PROMPT_SCALE)], output_tokens=-(-r.output_tokens // OUTPUT_SCALE)) for r in whole
+    ]
+    return [r for r in scaled if len(r.prompt) + r.output_tokens <= MAX_TOKENS][:count]
+
+
+def write_trace(trace: list[LoadRequest], path: Path) -> None:
+    """The same lengths, as `quire bench` reads them."""
+    rows = (f"2023-11-16 00:00:{i % 60:02d}.000000,{len(r.prompt)},{r.output_tokens}\n" for i, r in enumerate(trace))
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(rows))
+
+
+def run_engine(mode: str, pages: int, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
+    """One mode's figures, from an engine in this process."""
+    options = {"page_size": PAGE_SIZE, "kv_pages": pages, "host_memory": args.host_memory, "threads": args.threads}
+    engine = LLM(args.model, progress=False, max_running=args.concurrency, preemption=mode, **options).engine
+    moved = threading.Event()
+    engine.runner.watch(moved.set)
+    times_s: dict[str, list[float]] = {}
+    sent_s: dict[str, float] = {}
+    upcoming = iter(enumerate(trace))
+    open_requests = 0
+    begin_s = time.perf_counter()
+    with tqdm(total=len(trace), desc=mode, unit="req", file=sys.stderr) as bar:
+        while bar.n < len(trace):
+            for i, request in islice(upcoming, args.concurrency - open_requests):
+                name = str(i)
+                params = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
+                engine.submit(GenerateRequest(name, (request.prompt,), params))
+                times_s[name], sent_s[name] = [], time.perf_counter()
+                open_requests += 1
+            for output in engine.step():
+                times_s[output.request_id].append(time.perf_counter())
+                if output.finish is not None:
+                    open_requests -= 1
+                    bar.update()
+            if engine.resting:
+                moved.wait(0.1)
+                moved.clear()
+    took_s = time.perf_counter() - begin_s
+    stats = engine.stats()
+    tpots_ms = sorted(1000 * (at[-1] - at[0]) / (len(at) - 1) for at in times_s.values() if len(at) > 1)
+    computed = sum(len(request.prompt) + request.output_tokens for request in trace) - stats.prefix_hit_tokens + stats.recomputed_tokens
+    return {
+        "mode": mode,
+        "failed": 0,
+        "output_tokens_per_s": stats.output_tokens / took_s,
+        "tpot_p50_ms": percentile(tpots_ms, 50),
+        "tpot_p99_ms": percentile(tpots_ms, 99),
+        "ttft_p50_ms": percentile(sorted(1000 * (at[0] - sent_s[name]) for name, at in times_s.items()), 50),
+        "recompute_tax": stats.recomputed_tokens / computed,
+        "stall_s": stats.stall_seconds,
+        "predicted_s": sum(stats.predicted_seconds.values()),
+        "actual_s": sum(stats.actual_seconds.values()),
+        "preemptions": stats.preemptions,
+        "moved_bytes": stats.moved_bytes,
+    }
 
 
 def counters(url: str) -> dict[str, float]:
@@ -57,8 +128,8 @@ def counters(url: str) -> dict[str, float]:
     return found
 
 
-def run_mode(mode: str, pages: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One mode's figures."""
+def run_served(mode: str, pages: int, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
+    """One mode's figures, from `quire serve` with several replicas."""
     flags = ["--replicas", args.replicas, "--preemption", mode, "--kv-pages", pages, "--page-size", PAGE_SIZE]
     flags += ["--host-memory", args.host_memory, "--max-running", args.concurrency, "--threads", args.threads]
     command = [*QUIRE, "serve", "--model", args.model, "--port", 0, "--admin-port", 0, *flags]
@@ -73,8 +144,10 @@ def run_mode(mode: str, pages: int, args: argparse.Namespace) -> dict[str, Any]:
         load = ["--num-requests", 2 * args.replicas, "--input-tokens", 64, "--output-tokens", 8]
         bench(url, args, *load)  # what is slow once
         before = counters(url)
-        trace = ["--trace", args.trace, "--scale", SCALE, "--max-request-tokens", MAX_TOKENS, "--num-requests", args.requests]
-        found = bench(url, args, *trace, "--concurrency", args.concurrency * args.replicas)["summary"]
+        with tempfile.NamedTemporaryFile(suffix=".csv") as lengths:
+            write_trace(trace, Path(lengths.name))
+            load = ["--trace", lengths.name, "--num-requests", len(trace), "--concurrency", args.concurrency * args.replicas]
+            found = bench(url, args, *load)["summary"]
         time.sleep(1.5)  # the next heartbeat
         spent = {name: value - before.get(name, 0.0) for name, value in counters(url).items()}
     finally:
@@ -181,14 +254,14 @@ def main() -> int:
     args = parser.parse_args()
     args.threads = args.threads or max(len(os.sched_getaffinity(0)) // args.replicas, 1)
     modes = args.modes or ["recompute", "swap", *(["migrate"] if args.replicas > 1 else []), DECIDE]
-    trace = trace_file(args.trace, args.requests, TraceOptions(SCALE, MAX_TOKENS))
+    trace = scaled_trace(args.trace, args.requests, args.vocab_size)
     pages = pool_pages(trace, args)
     inputs, outputs = (sum(lengths) / len(trace) for lengths in zip(*((len(r.prompt), r.output_tokens) for r in trace), strict=True))
     print(f"{len(trace)} requests of {inputs:.0f} + {outputs:.0f} tokens on average, {pages} pages for each replica", file=sys.stderr)
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(args.rounds):
         for mode in modes[:: 1 if number % 2 == 0 else -1]:
-            found[mode].append(run_mode(mode, pages, args))
+            found[mode].append(run_served(mode, pages, args, trace) if args.replicas > 1 else run_engine(mode, pages, args, trace))
             last = found[mode][-1]
             print(
                 f"round {number + 1}, {mode}: {last['output_tokens_per_s']:.1f} tokens/s, TPOT p99 {last['tpot_p99_ms']:.0f} ms, "
@@ -197,7 +270,14 @@ def main() -> int:
             )
     rows = [pooled(rounds) for rounds in found.values()]
     kept = goals(rows)
-    about = {"trace": args.trace.name, "scale": SCALE, "requests": len(trace), "pages": pages, "pool": args.pool, "model": args.model}
+    about = {
+        "trace": args.trace.name,
+        "scales": [PROMPT_SCALE, OUTPUT_SCALE],
+        "requests": len(trace),
+        "pages": pages,
+        "pool": args.pool,
+        "model": args.model,
+    }
     about |= {"replicas": args.replicas, "concurrency": args.concurrency, "rounds": args.rounds, "cpus": os.cpu_count()}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"workload": about, "goals": kept, "figures": rows}, indent=1) + "\n")
