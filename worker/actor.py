@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -20,14 +21,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray.exceptions import ActorDiedError
 
 from .config import EngineOptions
 from .engine import Engine, build_engine
 from .engine_loop import EngineLoop
 from .logs import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the other actors take it from here)
 from .migration_wire import Peer
+from .migrator import Mail
 from .outbox import Outbox
 from .plan import MemoryBytes
+from .post import Post
 from .protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
 from .rendezvous import LOOPBACK, address_of, listen
 from .tracing import SequenceSpans, Tracing
@@ -38,12 +42,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256}
+CONCURRENCY_GROUPS = {"control": 32, "requests": 4096, "frames": 256, "moves": 2048}
 FRAME_TIMEOUT_S = 600.0  # heartbeats come twice a second between steps; no single step may last longer
 SUBMIT_TIMEOUT_S = 60.0
 LOOK_TIMEOUT_S = 60.0  # for what the engine's thread must answer itself, which it does between two steps
 MIGRATION_TIMEOUT_S = 600.0  # above all that the migration itself waits for
 SWITCH_S = 5e-4  # the engine's thread asks for the interpreter between kernels; Python's 5 ms would be a fifth of a step
+NONCE_BYTES = 16
 LAST_WORDS_S = 1.5  # between the engine's death and the process's: who asks in this time hears why
 
 T = TypeVar("T")
@@ -99,6 +104,7 @@ class ReplicaActor:
         across_nodes: its ranks, or other replicas, may be on other machines; else all talk over the loopback interface alone.
         build: makes the engine (in a thread; the actor answers meanwhile); the group of ranks is a keyword when there are several.
         die: ends the process with an exit code.
+        place: what this actor is called, and the namespace in which others are; without it no request migrates.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class ReplicaActor:
         otlp_endpoint: str | None = None,
         build: Callable[..., Engine] = build_engine,
         die: Callable[[int], None] = os._exit,
+        place: tuple[str, str] | None = None,
     ) -> None:
         if log_level is not None:
             start_actor_logging(log_level, log_format, replica=replica_id, epoch=epoch)
@@ -131,6 +138,7 @@ class ReplicaActor:
         self._loop: EngineLoop | None = None
         self._outboxes: dict[str, Outbox] = {}
         self._draining = False
+        self._place = place
         self._host: str = ray.util.get_node_ip_address() if across_nodes else LOOPBACK  # type: ignore[no-untyped-call]
         self._listener = listen(self._host) if options.parallel.tp > 1 else None
         self._address = address_of(self._listener) if self._listener else ""
@@ -206,7 +214,7 @@ class ReplicaActor:
         """
         return await self._look(self._ready_loop().page_map())
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="moves")
     async def migrate(self, request_id: str, actor: str, replica_id: str, epoch: int, fill: bool = False) -> tuple[Any, ...]:
         """Moves a request to the replica `replica_id` in `epoch`, whose actor is called `actor`; with `fill` copies its pages there.
 
@@ -313,13 +321,25 @@ class ReplicaActor:
             self._phases["load model"] = time.monotonic() - loading_s
             if self._otlp_endpoint is not None:
                 self._engine.spans = SequenceSpans(Tracing(self._otlp_endpoint, {"service.instance.id": self._replica_id}))
-            loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died)
+            loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died, mail=self._mail())
             loop.start()
             self._loop = loop
             Watchdog(self._options.parallel.step_timeout_s, loop.step_s, self._hung)
         except Exception as error:  # the process outlives it, to say why
             log.debug("building the engine failed", exc_info=True)
             self._failure = str(error) or repr(error)
+
+    def _mail(self) -> Mail | None:
+        if self._place is None:
+            return None
+        actor, namespace = self._place
+        post = Post(partial(_call_of, namespace), self._peer_lost)
+        me = Peer(actor, self._replica_id, self._epoch)
+        return Mail(me, post.send, partial(secrets.token_hex, NONCE_BYTES), self._options.migration)
+
+    def _peer_lost(self, actor: str) -> None:
+        if self._loop is not None:
+            self._loop.peer_lost(actor)
 
     def _lead(self, listener: socket.socket) -> RankGroup:
         from .backend import device_of
@@ -342,3 +362,28 @@ class ReplicaActor:
         time.sleep(LAST_WORDS_S)  # this is the engine's thread, or a watcher's: nothing runs on it any more
         logging.shutdown()
         self._die(1)
+
+
+def _call_of(namespace: str, actor: str) -> Callable[[bytes], Future[None]]:
+    """`ReplicaActor.migration` of another replica (`post.Post`)."""
+    try:
+        handle: Any = ray.get_actor(actor, namespace)
+    except ValueError:
+        raise ReplicaLost(f"{actor} is gone") from None
+
+    def call(data: bytes) -> Future[None]:
+        told: Future[None] = Future()
+        handle.migration.remote(data).future().add_done_callback(partial(_pass_on, told))
+        return told
+
+    return call
+
+
+def _pass_on(told: Future[None], called: Future[None]) -> None:
+    error = called.exception()
+    if isinstance(error, ActorDiedError):
+        told.set_exception(ReplicaLost(str(error)))
+    elif error is not None:
+        told.set_exception(error)
+    else:
+        told.set_result(None)

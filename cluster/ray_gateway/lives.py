@@ -67,7 +67,8 @@ class Lives:
         actor = self._actor(ReplicaActor, name, 0, group, demand, CONCURRENCY_GROUPS)
         cluster = self._options.cluster
         more = {"across_nodes": cluster.span_nodes or cluster.ray_address is not None, "otlp_endpoint": self._options.server.otlp_endpoint}
-        leader = actor.remote(name.replica_id, name.epoch, self._options.engine, self._hash_key, *logs, **more)
+        place = str(name), self._namespace
+        leader = actor.remote(name.replica_id, name.epoch, self._options.engine, self._hash_key, *logs, **more, place=place)
         life = Life(name, leader)
         if demand.ranks > 1:
             address = await answer(leader.rendezvous.remote(), RENDEZVOUS_TIMEOUT_S)
