@@ -47,6 +47,10 @@ class Runner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult: ...
 
+    def run_ahead(self, plan: StepPlan, following: Callable[[], StepPlan | None]) -> StepResult:
+        """`run`. Where the device works beside the host, `following` is asked for the next plan meanwhile, and that one is begun too."""
+        return self.run(plan)
+
     def reset(self) -> None:
         """Forget every sequence after a `run` that raised. Raises when there is no way back."""
 
@@ -248,7 +252,7 @@ class Engine:
         if plan is None:
             return self.traced(outputs)
         try:
-            result = self.runner.run(plan)
+            result = self.runner.run_ahead(plan, self.scheduler.plan_ahead)
         except Exception as error:  # noqa: BLE001  whatever a sequence may provoke; the engine's own fault is raised again
             return self.traced(outputs + self._contain(error))
         outputs += self.scheduler.apply(result)

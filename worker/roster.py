@@ -63,6 +63,8 @@ class Roster:
         self._forget: list[int] = []  # what the runner knows and need no longer
         self._planned: dict[Sequence, tuple[int, int]] = {}  # sequence -> (start, count) of the step being planned or run
         self._copies: dict[Sequence, tuple[int, int]] = {}  # sequence -> (source, destination) of the same step
+        self._ahead: dict[Sequence, tuple[int, int]] = {}  # as `_planned`, of the step behind it, if that has been planned as well
+        self._departures = 0  # that have given something back
 
     # --- what comes and goes ---
 
@@ -177,7 +179,9 @@ class Roster:
             self._forget.append(s.seq)
             s.known_pages = 0
         self._planned.pop(s, None)
+        self._ahead.pop(s, None)
         self._copies.pop(s, None)
+        self._departures += 1
 
     def _drop_kept(self, s: Sequence) -> None:
         if s.kept is not None:

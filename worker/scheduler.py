@@ -1,7 +1,8 @@
 """The step scheduler: which tokens of which sequences are computed next, and what their results mean. Pure.
 
-`plan()` says what one step computes, then `apply(result)` takes in what came of it, or `fail(error)` that it raised; between the
-two nothing else may be called.
+`plan()` says what one step computes, then `apply(result)` takes in what came of it, or `fail(error)` that it raised. Between the two
+nothing may be called but `plan_ahead()`, which says what the step behind it computes where that can be told; the next `plan()` is then
+that same plan, and what happened meanwhile to its sequences is seen when it is applied.
 
 Every running sequence has `num_tokens - num_computed >= 1` tokens to go. One step serves, under `max_batch_tokens`:
 
@@ -24,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from .ahead import rows_ahead
 from .candidates import candidate, candidates, shortage
 from .decisions import Record
 from .isolation import Isolation
@@ -89,11 +91,17 @@ class Scheduler(Station):
         self._recomputed: list[tuple[Record, int]] = []  # tokens of this step that a decision has made it compute again
         self._waits: list[Record] = []  # in this step
         self._below = _ANY  # who waits is admitted only with a priority below: that of the first who gave way in this step
+        self._next: StepPlan | None = None  # planned ahead
+        self._stood: tuple[Sequence | None, int] = (None, 0)  # who headed the queue after the latest plan, and departures until then
 
     # --- planning a step ---
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute and nothing to move."""
+        if self._next is not None:
+            plan, self._next = self._next, None
+            self._planned, self._ahead = self._ahead, {}
+            return plan
         self._planned.clear()
         self._copies.clear()
         self._waits.clear()
@@ -104,7 +112,22 @@ class Scheduler(Station):
         else:
             self._serve_all()
         self.host.evict_ahead(2 * self._pages_per_step, self._pages_per_step)
-        return self._step_plan() if self._planned or self.moves.pending() else None
+        self._stood = (self.waiting[0] if self.waiting else None, self._departures)
+        return self._step_plan(self._planned, self.counters.steps) if self._planned or self.moves.pending() else None
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the planned one, which has not been applied yet; None when it depends on what comes of that (`ahead`)."""
+        stuck = not self.waiting or ((self.waiting[0], self._departures) == self._stood and not self.moves.under_way())
+        if not stuck or self._waits or self.isolation.suspect() is not None:
+            return None
+        rows = rows_ahead(self, self._planned)
+        if rows is None:
+            return None
+        self._ahead = rows
+        self._copies.clear()
+        self.host.evict_ahead(2 * self._pages_per_step, self._pages_per_step)
+        self._next = self._step_plan(rows, self.counters.steps + 1)
+        return self._next
 
     def _serve_all(self) -> None:
         # `running` may change while it is served, hence the copies.
@@ -264,12 +287,12 @@ class Scheduler(Station):
     def _missing(self, s: Sequence) -> int:
         return max(self.pool.pages_for(len(s.tokens)) - len(s.table), 0)
 
-    def _step_plan(self) -> StepPlan:
+    def _step_plan(self, planned: dict[Sequence, tuple[int, int]], step: int) -> StepPlan:
         rows: list[Row] = []
         new: list[NewSequence] = []
         gained: list[tuple[int, tuple[int, ...]]] = []
-        for s, (start, count) in self._planned.items():
-            rows.append(Row(s.seq, start, count, start + count == len(s.tokens)))
+        for s, (start, count) in planned.items():
+            rows.append(Row(s.seq, start, count, start + count >= len(s.tokens)))  # above: with a token that is not known yet
             known, have = s.known_pages, len(s.pages)
             if known == 0:
                 new.append(NewSequence(s.seq, tuple(s.tokens), s.prompt_len, tuple(s.pages), s.params, s.seed))
@@ -278,7 +301,7 @@ class Scheduler(Station):
             s.known_pages = have
         forget, self._forget = tuple(self._forget), []
         copies = tuple(self._copies.values())
-        return StepPlan(self.counters.steps, tuple(rows), tuple(new), tuple(gained), copies, forget, *self.moves.take())
+        return StepPlan(step, tuple(rows), tuple(new), tuple(gained), copies, forget, *self.moves.take())
 
     # --- taking in what a step produced ---
 
@@ -287,19 +310,21 @@ class Scheduler(Station):
         self.counters.steps += 1
         size = self.pool.page_size
         outputs: list[SequenceOutput] = []
-        sampled = iter(result.sampled)
+        sampled = {answer.seq: answer for answer in result.sampled}
         prompt_logprobs = dict(result.prompt_logprobs)
         planned, self._planned = self._planned, {}
         for s, (start, count) in planned.items():
+            if s.state is not State.RUNNING:  # it has left since the step was planned, which was ahead
+                continue
             end = start + count
             if start < s.recompute_until:
                 self._count_again(s, min(end, s.recompute_until) - start)
             s.num_computed = end
             answer = None
             if end == len(s.tokens):
-                answer = next(sampled)
-                if answer.seq != s.seq:
-                    raise RuntimeError(f"the runner answered for sequence {answer.seq} where {s.seq} was planned")
+                answer = sampled.get(s.seq)
+                if answer is None:
+                    raise RuntimeError(f"the runner did not answer for sequence {s.seq}")
                 if answer.error is not None:  # before its pages of this step become findable
                     outputs.append(self._end(s, FinishReason.ERROR, answer.error))
                     continue
@@ -325,6 +350,7 @@ class Scheduler(Station):
         for s in self.frozen:
             s.known_pages = 0
         self._forget.clear()
+        self._next = None
         return [] if culprit is None else [self._end(culprit, FinishReason.ERROR, error)]
 
     def _count_again(self, s: Sequence, tokens: int) -> None:

@@ -64,6 +64,8 @@ class PagedMemory:
         self.open_links: set[str] = set()
         self.page_size = page_size
         self.known: dict[int, _Known] = {}
+        self.ahead = False  # begins the next step before it tells of the present one, as a GPU does
+        self.issued: list[StepResult] = []
         self.computed_tokens = 0
         self.largest_step = 0
 
@@ -86,8 +88,17 @@ class PagedMemory:
         self.largest_step = max(self.largest_step, sum(row.num_tokens for row in plan.rows))
         return StepResult(plan.step, tuple(self._sample(row.seq, row.start + row.num_tokens) for row in plan.rows if row.samples))
 
+    def run_ahead(self, plan: StepPlan, following: Callable[[], StepPlan | None]) -> StepResult:
+        result = self.issued.pop() if self.issued else self.run(plan)
+        assert result.step == plan.step
+        after = following() if self.ahead else None
+        if after is not None:
+            self.issued.append(self.run(after))
+        return result
+
     def reset(self) -> None:
         self.known.clear()
+        self.issued.clear()
 
     def memory_bytes(self) -> MemoryBytes:
         return MemoryBytes(weights=3, pool=len(self.memory) * self.page_size)

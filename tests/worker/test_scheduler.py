@@ -366,14 +366,16 @@ EVENTS = st.lists(
     preemption=st.sampled_from(["decide", "recompute", "swap", "swap"]),
     delay=st.integers(1, 3),
     failing=st.sampled_from([None, None, 2, 5]),
+    ahead=st.booleans(),
 )
 def test_random_traffic_keeps_the_books_and_the_text(
-    events, pages, page_size, max_batch_tokens, max_running, prefix_cache, host_pages, preemption, delay, failing
+    events, pages, page_size, max_batch_tokens, max_running, prefix_cache, host_pages, preemption, delay, failing, ahead
 ):
     """Requests, forks and aborts at random in a tiny pool: pages are conserved after every step, and every sequence gets its text.
 
     The first of those that run or wait never gives way, and a request ends by its deadline whole or not at all. Copies to host memory
-    and back take their time, and every `failing`-th of them fails.
+    and back take their time, and every `failing`-th of them fails. With `ahead` the next step is planned and begun before the present one
+    is applied, wherever that can be.
     """
     clock = Clock()
     engine = hash_engine(
@@ -386,7 +388,7 @@ def test_random_traffic_keeps_the_books_and_the_text(
         host_pages=host_pages,
         preemption=preemption,
     )
-    engine.runner.delay, engine.runner.failing = delay, failing
+    engine.runner.delay, engine.runner.failing, engine.runner.ahead = delay, failing, ahead
     watch_preemptions(engine.scheduler)
     outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
     submitted: dict[str, dict] = {}
@@ -414,7 +416,7 @@ def test_random_traffic_keeps_the_books_and_the_text(
         clock.now_s += 1.0
         keep(engine.step())
         advanced = (engine.scheduler.counters.output_tokens, engine.runner.computed_tokens) != before
-        assert advanced or engine.idle() or engine.runner.moving, "a step advanced nobody"
+        assert advanced or engine.idle() or engine.runner.moving or ahead, "a step advanced nobody"
         steps += 1
         assert steps < 5_000
     while engine.runner.moving or not engine.resting:  # what the runner must forget, and prefixes that go to host memory
