@@ -24,6 +24,7 @@ class AttentionBatch:
         num_decode: the first so many rows have exactly one token each.
         row_lens: row_starts' differences, on the host.
         kv_lens_list: kv_lens, on the host.
+        prefix_pages: so many pages, whole ones, begin the table of every decode row, and may be read once for all of them.
     """
 
     row_starts: Tensor
@@ -33,6 +34,7 @@ class AttentionBatch:
     num_decode: int
     row_lens: tuple[int, ...]
     kv_lens_list: tuple[int, ...]
+    prefix_pages: int = 0
 
 
 def attention_batch(rows: list[tuple[int, int, list[int]]], page_size: int, device: torch.device | str = "cpu") -> AttentionBatch:

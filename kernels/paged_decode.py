@@ -59,7 +59,10 @@ def _first_key(kv_len, window, BLOCK_N: tl.constexpr):
     return tl.maximum(kv_len - window, 0) // BLOCK_N * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["window", "num_splits", "min_split_keys", "num_queries", "stride_table"])
+# Not on the alignment of the tables: behind a shared prefix they begin anywhere.
+@triton.jit(
+    do_not_specialize=["window", "num_splits", "min_split_keys", "num_queries", "stride_table"], do_not_specialize_on_alignment=["tables"]
+)
 def _decode_kernel(
     q, pages, tables, kv_lens, out, lse, partial, partial_lse,
     scale, soft_cap, window, num_splits, min_split_keys, num_queries,

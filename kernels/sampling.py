@@ -257,7 +257,8 @@ def sample(logits: Tensor, rows: SampleRows, launch: SampleLaunch | None = None)
         launch = launch_of(SampleLaunch, sample_rule, Shape("sampling", "float32", bucket=bucket_of(count)), on)
     block = min(launch.elements, triton.next_power_of_2(vocab))
     blocks = triton.cdiv(vocab, block)
-    parts = max(1, min(blocks, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * on.multiprocessors, count)))
+    # By bucket: the number of parts is compiled in.
+    parts = max(1, min(blocks, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * on.multiprocessors, bucket_of(count))))
     stretch = triton.cdiv(blocks, parts) * block
     parts = triton.cdiv(vocab, stretch)
     best = torch.empty(2, count, parts, dtype=torch.float32, device=logits.device)

@@ -1,6 +1,7 @@
 """The Triton kernels as the decoder calls them: the functions of `reference`, for tensors on a CUDA device (or in the interpreter).
 
-Rows of one token go through the decode kernel, which splits long contexts over the chip, all others through the prefill kernel. In
+Rows of one token go through the decode kernel, which splits long contexts over the chip and reads a prefix that all of them share
+once, all others through the prefill kernel. In
 deterministic mode every row goes through the prefill kernel with one choice of tiles, and norms take one row a program, so that a
 token's bits depend neither on the batch nor on how its prompt was cut.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import rms_norm as norm
 from .attention_tile import Scores
+from .cascade import cascade_decode
 from .layout import AttentionBatch
 from .paged_decode import paged_decode
 from .paged_prefill import PrefillLaunch, device_work, paged_prefill, prefill_launch
@@ -48,7 +50,11 @@ class TritonOps:
         out = torch.empty_like(q)
         decoded = 0 if self._attention is not None else batch.num_decode
         if decoded:
-            paged_decode(q[:decoded], pages, batch.block_tables[:decoded], batch.kv_lens[:decoded], scores, out[:decoded])
+            rows = q[:decoded], pages, batch.block_tables[:decoded], batch.kv_lens[:decoded]
+            if batch.prefix_pages and sliding_window is None:
+                cascade_decode(*rows, batch.prefix_pages, scores, out[:decoded])
+            else:
+                paged_decode(*rows, scores, out[:decoded])
         if decoded < len(batch.row_lens):
             launch = self._attention or prefill_launch(q, pages)
             tile_queries = max(1, launch.block_m // (q.shape[1] // pages.shape[1]))

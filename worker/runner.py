@@ -21,15 +21,16 @@ from .plan import MemoryBytes, Moved, Row, Sampled, StepPlan, StepResult
 from .plan_wire import pack_end, pack_step
 from .protocol import TokenLogprob
 from .sampler import Sampler, SamplingRow, prompt_logprobs
-from .sequence_table import Inputs, SequenceTable, Slot
+from .sequence_table import Int64Array, SequenceTable, Slot
 
 SCORED_ROWS = 64  # prompt positions whose logits are held at once: 64 x vocabulary floats
 
 
-class _Computed(NamedTuple):
-    """A step up to the last layer: its inputs, and hidden states [T, hidden]."""
+class Computed(NamedTuple):
+    """A step up to the last layer: its rows in the order in which they were computed, where each ends, and hidden states [T, hidden]."""
 
-    inputs: Inputs
+    rows: list[Row]
+    ends: Int64Array
     hidden: torch.Tensor
 
 
@@ -64,10 +65,11 @@ class _Ranks:
         self._mover.start(plan)
         self._table.apply(plan)
 
-    def _compute(self, plan: StepPlan) -> _Computed:
+    def _compute(self, plan: StepPlan) -> Computed:
         self._move(plan)
         inputs = self._table.inputs(plan.rows)
-        return _Computed(inputs, self._model.forward(inputs.tokens, inputs.positions, inputs.batch, self._kv))
+        hidden = self._model.forward(inputs.tokens, inputs.positions, inputs.batch, self._kv)
+        return Computed(inputs.rows, inputs.ends, hidden)
 
     def _chunks_to_score(self, slot: Slot, row: Row, end: int) -> Iterator[_Chunk]:
         """The positions of a row whose next prompt token gets a log-probability, if the row asks for that."""
@@ -80,9 +82,9 @@ class _Ranks:
     def _chunk_logits(self, hidden: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
         return self._model.logits(hidden[chunk.first : chunk.first + chunk.length])
 
-    def _last_logits(self, step: _Computed) -> tuple[list[Row], torch.Tensor | None]:
+    def _last_logits(self, step: Computed) -> tuple[list[Row], torch.Tensor | None]:
         """The rows that sample, and the logits after their last tokens; None when there are none."""
-        rows, ends = step.inputs.rows, step.inputs.ends
+        rows, ends = step.rows, step.ends
         at = [i for i, row in enumerate(rows) if row.samples]
         if not at:
             return [], None
@@ -146,7 +148,7 @@ class ModelRunner(_Ranks, Runner):
         sampled = self._sample(step)
         return StepResult(plan.step, tuple(sampled[row.seq] for row in plan.rows if row.samples), scores)
 
-    def _sample(self, step: _Computed) -> dict[int, Sampled]:
+    def _sample(self, step: Computed) -> dict[int, Sampled]:
         rows, logits = self._last_logits(step)
         if logits is None:
             return {}
@@ -158,9 +160,9 @@ class ModelRunner(_Ranks, Runner):
             results[row.seq] = Sampled(row.seq, drawn.token, drawn.logprob, drawn.error)
         return results
 
-    def _score_prompts(self, step: _Computed) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
+    def _score_prompts(self, step: Computed) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
         """Log-probabilities of the prompt tokens after each computed position, for rows that ask; whole prompts are handed over."""
-        for row, end in zip(step.inputs.rows, step.inputs.ends.tolist(), strict=True):
+        for row, end in zip(step.rows, step.ends.tolist(), strict=True):
             slot = self._table[row.seq]
             for chunk in self._chunks_to_score(slot, row, end):
                 targets = self._table.tokens(slot)[chunk.position : chunk.position + chunk.length].tolist()
@@ -193,7 +195,7 @@ class FollowerRunner(_Ranks):
             self._waiting = []
             return
         step = self._compute(plan)
-        for row, end in zip(step.inputs.rows, step.inputs.ends.tolist(), strict=True):
+        for row, end in zip(step.rows, step.ends.tolist(), strict=True):
             for chunk in self._chunks_to_score(self._table[row.seq], row, end):
                 self._chunk_logits(step.hidden, chunk)
         self._last_logits(step)

@@ -21,7 +21,7 @@ from .protocol import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # a temperature this small cannot be told from greedy in float32
 LEAST_LOGPROB = -9999.0  # reported in place of -inf, which JSON lacks
-_NOT_FINITE = "the model's logits are not finite"
+NOT_FINITE = "the model's logits are not finite"
 
 
 class SamplingRow(NamedTuple):
@@ -61,7 +61,7 @@ class Sampler:
         raw = _take(logits, scored) if scored else None
         self._edit(logits, rows)
         tokens, finite = _choose(logits, rows)
-        result = [Drawn(token) if ok else Drawn(0, None, _NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
+        result = [Drawn(token) if ok else Drawn(0, None, NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
         if raw is not None:
             tops = [rows[i].params.logprobs or 0 for i in scored]
             for i, logprob in zip(scored, _logprobs(raw, [tokens[i] for i in scored], tops), strict=True):
@@ -180,7 +180,7 @@ def _logprobs(logits: torch.Tensor, targets: Sequence[int], tops: Sequence[int])
     chosen = logprobs.gather(1, torch.tensor(list(targets), device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(max(tops), logits.shape[1]), dim=1)
     return [
-        TokenLogprob(token, _reported(own), tuple((t, _reported(v)) for t, v in zip(best[:top], values_[:top], strict=True)))
+        TokenLogprob(token, reported(own), tuple((t, reported(v)) for t, v in zip(best[:top], values_[:top], strict=True)))
         for token, own, top, best, values_ in zip(targets, chosen, tops, ids.tolist(), values.tolist(), strict=True)
     ]
 
@@ -192,8 +192,8 @@ def _row_logprob(scores: npt.NDArray[np.float32], token: int, top: int, scratch:
     np.subtract(scores, peak, out=scores)
     norm = math.log(np.exp(scores, out=scratch).sum())
     ids = leaders(scores, top) if top else ()
-    return TokenLogprob(token, _reported(scores[token] - norm), tuple((int(t), _reported(scores[t] - norm)) for t in ids))
+    return TokenLogprob(token, reported(scores[token] - norm), tuple((int(t), reported(scores[t] - norm)) for t in ids))
 
 
-def _reported(logprob: float) -> float:
+def reported(logprob: float) -> float:
     return max(float(logprob), LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB

@@ -32,6 +32,20 @@ class Slot:
     num_pages: int
 
 
+class Gathered(NamedTuple):
+    """One step's inputs on the host, and the rows in the order in which they are computed: those of one token first. T tokens, R rows."""
+
+    rows: list[Row]
+    owners: Int64Array  # [T] each token's place in the arrays
+    tokens: Int64Array  # [T] PENDING where the token is not known here yet
+    positions: Int64Array  # [T]
+    slots: Int64Array  # [T]
+    row_starts: Int64Array  # [R + 1]
+    kv_lens: Int64Array  # [R]
+    tables: Int32Array  # [R, W]
+    num_decode: int
+
+
 class Inputs(NamedTuple):
     """One step's inputs, on the model's device, and the rows in the order in which they are computed."""
 
@@ -40,6 +54,9 @@ class Inputs(NamedTuple):
     positions: torch.Tensor
     batch: AttentionBatch
     ends: Int64Array  # for each row, the index after its last token
+
+
+PENDING = -1  # a token that was sampled, and has not come from the device yet
 
 
 class SequenceTable:
@@ -62,6 +79,10 @@ class SequenceTable:
 
     def __getitem__(self, seq: int) -> Slot:
         return self._slots[seq]
+
+    def knows(self, seq: int, slot: Slot) -> bool:
+        """Whether `slot` is still the sequence's."""
+        return self._slots.get(seq) is slot
 
     def reset(self) -> None:
         """Forget every sequence."""
@@ -88,8 +109,26 @@ class SequenceTable:
         self._tokens[slot.index, slot.num_tokens] = token
         slot.num_tokens += 1
 
+    def settle(self, slot: Slot, position: int, token: int) -> None:
+        """The token at `position`, which was PENDING."""
+        self._tokens[slot.index, position] = token
+
     def inputs(self, planned: tuple[Row, ...]) -> Inputs:
         """The tensors of a step that computes `planned`."""
+        found = self.gather(planned)
+        batch = AttentionBatch(
+            row_starts=self._to_device(found.row_starts.astype(np.int32)),
+            kv_lens=self._to_device(found.kv_lens.astype(np.int32)),
+            block_tables=self._to_device(found.tables),
+            slots=self._to_device(found.slots),
+            num_decode=found.num_decode,
+            row_lens=tuple(np.diff(found.row_starts).tolist()),
+            kv_lens_list=tuple(found.kv_lens.tolist()),
+        )
+        return Inputs(found.rows, self._to_device(found.tokens), self._to_device(found.positions), batch, found.row_starts[1:])
+
+    def gather(self, planned: tuple[Row, ...]) -> Gathered:
+        """What a step that computes `planned` reads of the arrays."""
         rows = sorted(planned, key=lambda row: row.num_tokens > 1)  # stable: rows of one token first
         size = self._page_size
         slots = np.fromiter((self._slots[row.seq].index for row in rows), np.int64, len(rows))
@@ -105,17 +144,8 @@ class SequenceTable:
         kv_lens = starts + counts
         width = -(-int(kv_lens.max()) // size)
         kv_slots = self._tables[owners, positions // size].astype(np.int64) * size + positions % size
-        batch = AttentionBatch(
-            row_starts=self._to_device(row_starts.astype(np.int32)),
-            kv_lens=self._to_device(kv_lens.astype(np.int32)),
-            block_tables=self._to_device(self._tables[slots, :width]),
-            slots=self._to_device(kv_slots),
-            num_decode=num_decode,
-            row_lens=tuple(counts.tolist()),
-            kv_lens_list=tuple(kv_lens.tolist()),
-        )
-        tokens = self._to_device(self._tokens[owners, positions].astype(np.int64))
-        return Inputs(rows, tokens, self._to_device(positions), batch, row_starts[1:])
+        tokens = self._tokens[owners, positions].astype(np.int64)
+        return Gathered(rows, owners, tokens, positions, kv_slots, row_starts, kv_lens, self._tables[slots, :width], num_decode)
 
     def _learn(self, new: NewSequence) -> None:
         index = self._free.pop()

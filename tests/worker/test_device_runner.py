@@ -1,0 +1,152 @@
+"""The runner of a GPU, on a CPU: Triton's kernels in the interpreter, and in place of a captured graph the same function called again.
+
+`-m gpu` runs the same on a CUDA device, with real graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_checkpoint
+from torch import Tensor
+
+from quire import LLM, SamplingParams
+from quire.worker.cuda_graphs import CudaCapture, buckets_up_to
+from quire.worker.device_runner import DeviceRunner
+from quire.worker.device_sampler import DeviceSampler
+from quire.worker.runner import ModelRunner
+
+PROMPTS = [[(7 * i + j) % 97 for j in range(n)] for i, n in enumerate((20, 3, 33))]
+MIXED = [
+    SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
+    SamplingParams(max_tokens=5, seed=3, top_p=0.9, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=4, seed=5, top_k=20, min_p=0.01, logit_bias={5: 2.0}, ignore_eos=True),
+]
+
+
+class Again:
+    """Instead of a graph."""
+
+    made = 0
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.made += 1
+        result = compute().clone()
+        return lambda: result.copy_(compute()), result
+
+
+def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
+    """An LLM with a `DeviceRunner`."""
+    sizes = {"page_size": 16, "kv_pages": 12, "max_batch_tokens": 24, "max_running": 3, "threads": 1} | options
+    llm = LLM(str(path), progress=False, attention="triton", device=device, dtype="float32", **sizes)
+    plain = llm.engine.runner
+    assert isinstance(plain, ModelRunner)
+    info, kv = llm.engine.info, plain._kv
+    sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, kv.pool.device)
+    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, capture)
+    return llm
+
+
+def capture_of(device: str) -> Callable:
+    return CudaCapture() if device == "cuda" else Again()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list:
+    return outputs(LLM(str(checkpoint), progress=False, attention="torch", device="cpu", page_size=16, kv_pages=12, threads=1), MIXED)
+
+
+def outputs(llm: LLM, params: list[SamplingParams]) -> list:
+    answers = [answer.outputs[0] for answer in llm.generate(PROMPTS, params)]
+    return [(a.token_ids, [[t for t, _ in lp.top] for lp in a.logprobs or ()]) for a in answers]
+
+
+def test_the_buckets_of_a_batch():
+    assert buckets_up_to(1) == (1,)
+    assert buckets_up_to(3) == (1, 2, 3)
+    assert buckets_up_to(256)[-3:] == (128, 192, 256)
+    assert buckets_up_to(1000)[-1] == 512
+
+
+@pytest.mark.slow
+def test_graphs_ahead_give_the_tokens_of_the_plain_path(checkpoint, device, expected):
+    capture = capture_of(device)
+    llm = engine(checkpoint, device, capture)
+    runner, begun = llm.engine.runner, []
+    run_ahead = runner.run_ahead
+
+    def watched(plan, following):
+        result = run_ahead(plan, following)
+        begun.append(runner._ahead is not None)
+        return result
+
+    runner.run_ahead = watched
+    assert outputs(llm, MIXED) == expected
+    assert begun.count(True) >= 4, "decode steps are begun ahead"
+    assert set(runner._graphs._graphs) <= {1, 2, 3}
+    assert runner._graphs._graphs
+
+
+@pytest.mark.slow
+def test_without_graphs_too_and_with_penalties(checkpoint, device):
+    params = [SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, repetition_penalty=1.3, presence_penalty=0.5)] * 3
+    plain = LLM(str(checkpoint), progress=False, attention="torch", device="cpu", page_size=16, kv_pages=12, threads=1)
+    assert outputs(engine(checkpoint, device, None), params) == outputs(plain, params)
+
+
+@pytest.mark.slow
+def test_warm_up_leaves_nothing_and_captures_every_bucket(checkpoint, device):
+    llm = engine(checkpoint, device, capture_of(device))
+    heard = []
+    llm.engine.runner.warm_up(24, lambda done, total: heard.append((done, total)))
+    assert heard[-1] == (len(heard), len(heard))
+    assert set(llm.engine.runner._graphs._graphs) == {1, 2, 3}
+    assert not llm.engine.runner._table._slots
+
+
+@pytest.mark.gpu
+def test_a_replay_is_the_eager_step(checkpoint):
+    """The same hidden states, bit for bit, for a batch that fills its bucket and for one that does not."""
+    llm = engine(checkpoint, "cuda", CudaCapture(), max_running=8)
+    runner = llm.engine.runner
+    assert runner._graphs is not None
+    for rows in (8, 5, 3, 1):
+        plan = build_decode(rows)
+        runner.reset()
+        runner._move(plan)
+        step = runner._table.gather(plan.rows)
+        with torch.inference_mode():
+            replayed = runner._graphs.run(step).clone()
+            graphs, runner._graphs = runner._graphs, None
+            eager = runner._forward(step).hidden
+            runner._graphs = graphs
+        assert torch.equal(replayed, eager)
+
+
+@pytest.mark.gpu
+def test_serving_on_a_gpu_takes_the_device_runner_and_gives_the_tokens_of_a_cpu(checkpoint, expected):
+    llm = LLM(str(checkpoint), progress=False, dtype="float32", page_size=16, kv_pages=12, max_batch_tokens=24, max_running=3)
+    assert isinstance(llm.engine.runner, DeviceRunner)
+    assert outputs(llm, MIXED) == expected
+    assert llm.engine.startup_s["warm up"] > 0
+
+
+def build_decode(rows: int):
+    from quire.worker.device_runner import _warm_plan
+
+    return _warm_plan([1] * rows, 12, 16)

@@ -1,0 +1,107 @@
+"""The sampler for a GPU: the same tokens as `Sampler`, drawn by one kernel for the whole batch (`kernels.sampling`).
+
+`begin` puts the work on the device and returns; the tokens are there for the next step before the host has seen them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..kernels.sampling import SampleRows, sample
+from .counter_rng import stream_keys
+from .protocol import TokenLogprob
+from .sampler import NOT_FINITE, Drawn, Sampler, SamplingRow, reported
+from .staging import Answer, Staging
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+class Drawing:
+    """Tokens that are being drawn: `tokens` int64 [rows], on the device."""
+
+    def __init__(self, tokens: Tensor, finite: Tensor, scored: list[int], tops: list[int], logprobs: tuple[Tensor, ...]) -> None:
+        self.tokens = tokens
+        self._scored = scored
+        self._tops = tops
+        self._answer = Answer(tokens, finite, *logprobs)
+
+    def result(self) -> list[Drawn]:
+        """What each row drew. Waits for the device."""
+        tokens, finite, *logprobs = self._answer.wait()
+        drawn = [Drawn(token) if ok else Drawn(0, None, NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
+        if self._scored:
+            for i, top, own, values, ids in zip(self._scored, self._tops, *logprobs, strict=True):
+                if finite[i]:
+                    best = tuple((t, reported(v)) for t, v in zip(ids[:top], values[:top], strict=True))
+                    drawn[i] = drawn[i]._replace(logprob=TokenLogprob(tokens[i], reported(own), best))
+        return drawn
+
+
+class DeviceSampler(Sampler):
+    """Draws the next token of every row of a batch. Not more than `staging.TURNS` drawings may be under way."""
+
+    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
+        super().__init__(eos_token_ids, vocab_size)
+        self._staging = Staging(device)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
+        """See `Sampler.sample`."""
+        return self.begin(logits, rows).result() if rows else []
+
+    def begin(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawing:
+        """Start a draw for each row. Of a row whose last token is not known yet only the number of tokens may count: see `ahead`.
+
+        Args:
+            logits: float32 [rows, vocab], rows contiguous. Overwritten.
+            rows: in the order of `logits`; at least one.
+        """
+        scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        *columns, chosen = self._staging.upload([*sample_rows(rows, self._eos), np.array(scored, np.int64)])
+        raw = logits[chosen] if scored else None
+        tokens, finite = sample(logits, SampleRows(*columns))
+        tops = [rows[i].params.logprobs or 0 for i in scored]
+        logprobs: tuple[Tensor, ...] = ()
+        if raw is not None:
+            scores = torch.log_softmax(raw, dim=1)
+            logprobs = (scores.gather(1, tokens[chosen][:, None])[:, 0], *scores.topk(min(max(tops), scores.shape[1]), dim=1))
+        return Drawing(tokens, finite, scored, tops, logprobs)
+
+
+def sample_rows(rows: Sequence[SamplingRow], eos: Sequence[int]) -> list[Ints | Floats]:
+    """The fields of `SampleRows`, on the host."""
+    params = [row.params for row in rows]
+    cells = [_cells(row, eos) for row in rows]
+    starts = np.cumsum([0, *(len(ids) for ids, *_ in cells)]).astype(np.int32)
+    ids, bias, repetition, penalty = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    return [
+        np.array([p.temperature for p in params], np.float32),
+        np.array([max(p.top_k, 0) for p in params], np.int32),
+        np.array([p.top_p for p in params], np.float32),
+        np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
+        stream_keys([row.seed for row in rows], [row.position for row in rows]).view(np.int32),
+        starts,
+        *(ids, bias, repetition, penalty),
+    ]
+
+
+def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats]:
+    """The logits of a row that are edited, each once: (tokens, bias, repetition, penalty), as `SampleRows` has them."""
+    p = row.params
+    banned = [*eos, *p.stop_token_ids] if len(row.tokens) - row.prompt_len < p.min_tokens else []
+    said = np.unique(row.tokens) if p.repetition_penalty != 1.0 else np.zeros(0, np.int32)
+    counted = p.presence_penalty or p.frequency_penalty
+    seen, counts = np.unique(row.tokens[row.prompt_len :] if counted else row.tokens[:0], return_counts=True)
+    ids = np.unique(np.concatenate((np.array([*p.logit_bias, *banned], np.int32), said, seen))).astype(np.int32)
+    bias, repetition, penalty = np.zeros(len(ids), np.float32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32)
+    bias[np.searchsorted(ids, list(p.logit_bias))] = list(p.logit_bias.values())
+    bias[np.searchsorted(ids, banned)] = -math.inf
+    repetition[np.searchsorted(ids, said)] = p.repetition_penalty
+    penalty[np.searchsorted(ids, seen)] = counts * p.frequency_penalty + p.presence_penalty
+    return ids, bias, repetition, penalty
