@@ -52,7 +52,7 @@ class PageCounts(NamedTuple):
 class ReplicaRow(NamedTuple):
     """One replica. `state` is one of `cluster.controller.SHOWN_STATES`, `reason` why it is not ready, as far as that is known.
 
-    `model` is empty until the replica has said what it serves.
+    `startup_s` is what each phase of its start has taken, by name. `model` is empty until the replica has said what it serves.
     `prompt_tokens` and `output_tokens` count from the start of this life of the replica; `epoch` names the life.
     """
 
@@ -67,6 +67,7 @@ class ReplicaRow(NamedTuple):
     prompt_tokens: int = 0
     output_tokens: int = 0
     reason: str = ""
+    startup_s: tuple[tuple[str, float], ...] = ()
 
 
 class RequestRow(NamedTuple):

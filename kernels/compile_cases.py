@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from .attention_tile import Scores
+from .cascade import cascade_decode
 from .cross_compile import ARCHES, Case, Needs
 from .fixed_matmul import fixed_matmul
 from .launch import Shape, dtype_name, read_table
@@ -92,10 +93,18 @@ def attention_cases() -> Iterator[Case]:
 
 
 def merge_cases() -> Iterator[Case]:
-    """Into the model's type."""
+    """Into the model's type; and a decode behind a shared prefix, whose table begins in the middle of another."""
+    yield Case("cascade bfloat16 d128 g4 p32", _cascade, {"_decode_kernel": Needs.ASYNC_COPIES | Needs.TENSOR_CORES})
     for dim, dtype in ((128, BF16), (80, FP32)):
         a, lse = torch.empty(16, 8, dim), torch.empty(16, 8)
         yield Case(f"merge_states {dtype_name(dtype)} d{dim}", partial(merge_states, a, lse, a, lse, a.to(dtype), lse), {})
+
+
+def _cascade() -> None:
+    q = torch.empty(16, 4 * KV_HEADS, 128, dtype=BF16)
+    pages = torch.empty(4, KV_HEADS, LAYERS, 2, 32, 128, dtype=BF16)[:, :, 1]
+    lens = torch.zeros(16, dtype=torch.int32)
+    cascade_decode(q, pages, torch.zeros(16, WIDTH, dtype=torch.int32), lens, 3, Scores(128**-0.5), torch.empty_like(q))
 
 
 def small_cases() -> Iterator[Case]:

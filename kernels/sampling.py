@@ -193,8 +193,9 @@ def _choose_kernel(
     part = tl.arange(0, BLOCK_PARTS)
     there = part < PARTS
     of_part = tl.load(peaks + row * PARTS + part, mask=there, other=float("-inf"))
-    peak, at = tl.max(of_part, 0, return_indices=True)
-    whole = (tl.sum(tl.where(of_part == of_part, 0, 1), 0) == 0) & (tl.abs(peak) < float("inf"))
+    number = of_part == of_part
+    peak, at = tl.max(tl.where(number, of_part, float("-inf")), 0, return_indices=True)
+    whole = (tl.sum(tl.where(number, 0, 1), 0) == 0) & (tl.abs(peak) < float("inf"))
     chosen = tl.load(peak_tokens + row * PARTS + at)
     t = tl.load(temperature + row)
     if whole & (t >= GREEDY_BELOW):

@@ -318,7 +318,8 @@ class ReplicaActor:
             ranks = {"group": self._lead(self._listener)} if self._listener else {}
             self._engine = self._make_engine(self._options, self._hash_key, self._progress, host=self._host, **ranks)
             self._memory = self._engine.runner.memory_bytes()
-            self._phases["load model"] = time.monotonic() - loading_s
+            self._phases["load model"] = time.monotonic() - loading_s - sum(self._engine.startup_s.values())
+            self._phases |= self._engine.startup_s
             if self._otlp_endpoint is not None:
                 self._engine.spans = SequenceSpans(Tracing(self._otlp_endpoint, {"service.instance.id": self._replica_id}))
             loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died, mail=self._mail())

@@ -12,6 +12,8 @@ import torch
 
 from .backend import device_of, kernels_of, linears_of, ops_of
 from .config import EngineOptions
+from .cuda_graphs import CudaCapture
+from .device_runner import DeviceRunner
 from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
 from .model import DecoderModel, Progress
@@ -42,6 +44,7 @@ class Sizes(NamedTuple):
     host_pages: int
     page_bytes: int  # on all ranks together
     kv_format: str  # what pages hold: only between replicas that say the same can they move
+    startup_s: dict[str, float]  # what the start took beside loading, by phase
 
 
 class _Rank(NamedTuple):
@@ -56,7 +59,11 @@ class _Rank(NamedTuple):
 
 
 def build_runner(
-    options: EngineOptions, progress: Progress | None = None, group: RankGroup | None = None, host: str | None = None
+    options: EngineOptions,
+    progress: Progress | None = None,
+    group: RankGroup | None = None,
+    host: str | None = None,
+    warming: Progress | None = None,
 ) -> tuple[ModelRunner | LeaderRunner, Sizes]:
     """Load the model that `options` names and make a page pool for it.
 
@@ -65,6 +72,7 @@ def build_runner(
         progress: called with (bytes done, bytes in all) while weights load.
         group: the ranks that share the model, of which this is the leader; None for `tp=1`.
         host: this process's address, at which other replicas may reach it to send pages; None: they may not. A group knows its own.
+        warming: called with (steps done, steps in all) while a GPU's runner warms up.
 
     Raises:
         ValueError: the model or an option is not supported, on any rank, or the pool would hold no page; names it.
@@ -73,13 +81,33 @@ def build_runner(
     rank = _load(options, progress, group)
     config = rank.config
     info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
-    sampler = Sampler(config.eos_token_ids, config.vocab_size)
     kv = _pool(rank, options)
-    mover, addresses = _mover(rank, kv, options, group, host)
-    runner = ModelRunner(rank.model, kv, sampler, _max_running(options), config.max_model_len, mover, addresses)
+    runner = _runner(rank, options, group, kv, _mover(rank, kv, options, group, host))
+    startup_s = {}
+    if isinstance(runner, DeviceRunner):
+        started_s = time.monotonic()
+        runner.warm_up(options.scheduler.max_batch_tokens, warming)
+        startup_s["warm up"] = time.monotonic() - started_s
     kv_format = f"{config.num_layers} layers, {config.num_kv_heads} heads of {config.head_dim}, {rank.page.dtype}"
-    sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp, kv_format)
+    sizes = Sizes(info, rank.pages, rank.host_pages, rank.page.page_bytes * options.parallel.tp, kv_format, startup_s)
     return (runner if group is None else LeaderRunner(runner, group)), sizes
+
+
+def _runner(
+    rank: _Rank, options: EngineOptions, group: RankGroup | None, kv: KVStore, moving: tuple[PageMover, tuple[str, ...]]
+) -> ModelRunner:
+    """The runner for the device. On a GPU with Triton it works ahead, with graphs where tokens may depend on the batch; several ranks
+    wait for each step's tokens, which travel with the next plan."""
+    config, device = rank.config, device_of(options.model)
+    rest = (_max_running(options), config.max_model_len, *moving)
+    if device.type != "cuda" or kernels_of(options.model, device, rank.page.dtype) != "triton":
+        return ModelRunner(rank.model, kv, Sampler(config.eos_token_ids, config.vocab_size), *rest)
+    from .device_sampler import DeviceSampler  # Triton is not installed everywhere
+
+    sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, device)
+    if group is not None:
+        return ModelRunner(rank.model, kv, sampler, *rest)
+    return DeviceRunner(rank.model, kv, sampler, *rest, capture=None if options.model.deterministic else CudaCapture())
 
 
 def build_follower(options: EngineOptions, group: RankGroup, progress: Progress | None = None) -> FollowerRunner:

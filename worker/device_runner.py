@@ -10,7 +10,7 @@ they need not come to the host first. The host's table holds PENDING in their pl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..kernels.layout import AttentionBatch
 from .cuda_graphs import Capture, DecodeGraphs
-from .device_sampler import DeviceSampler, Drawing
 from .kv_store import KVStore
 from .model import DecoderModel
+from .page_mover import PageMover
 from .plan import NewSequence, Row, Sampled, StepPlan, StepResult
 from .protocol import SamplingParams, TokenLogprob
 from .runner import Computed, ModelRunner
@@ -28,6 +28,9 @@ from .sampler import SamplingRow
 from .sequence_table import PENDING, Gathered, Slot
 from .shared_prefix import shared_pages, worth_sharing
 from .staging import Staging
+
+if TYPE_CHECKING:
+    from .device_sampler import DeviceSampler, Drawing  # which needs Triton
 
 WARM_CHUNK = 64  # tokens of a small prefill in the warm-up
 
@@ -48,15 +51,25 @@ class DeviceRunner(ModelRunner):
 
     Args:
         model, kv, sampler: what computes.
+        mover, addresses: as for `ModelRunner`.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
         capture: makes a graph of a decode step; None to run all steps eagerly.
     """
 
     def __init__(
-        self, model: DecoderModel, kv: KVStore, sampler: DeviceSampler, max_running: int, max_len: int, capture: Capture | None = None
+        self,
+        model: DecoderModel,
+        kv: KVStore,
+        sampler: DeviceSampler,
+        max_running: int,
+        max_len: int,
+        mover: PageMover | None = None,
+        addresses: tuple[str, ...] = (),
+        *,
+        capture: Capture | None = None,
     ) -> None:
-        super().__init__(model, kv, sampler, max_running, max_len)
+        super().__init__(model, kv, sampler, max_running, max_len, mover, addresses)
         device = kv.pool.device
         self._draws = sampler
         self._device = device
@@ -118,6 +131,8 @@ class DeviceRunner(ModelRunner):
         ends = step.row_starts[1:][at] - 1
         places, owners = self._samples.upload([ends, step.owners[ends]])
         slots = [self._table[step.rows[i].seq] for i in at]
+        for slot, i in zip(slots, at, strict=True):  # less one where the row of a step ahead was dropped
+            slot.num_tokens = step.rows[i].start + step.rows[i].num_tokens
         wanted = [SamplingRow(s.params, s.seed, s.num_tokens, s.prompt_len, self._table.tokens(s)) for s in slots]
         last = computed.hidden if len(at) == len(computed.hidden) else computed.hidden[places]
         drawing = self._draws.begin(self._model.logits(last), wanted)

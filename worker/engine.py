@@ -125,6 +125,7 @@ class Engine:
         self._clock = clock
         self._rate = _Rate(since_s=clock())
         self.spans: SequenceSpans | None = None  # set where traces are kept
+        self.startup_s: dict[str, float] = {}  # what its start took beside loading, by phase
         self.resting = False  # the latest step found nothing to do: until something comes in, or a move ends, nor will the next
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:
@@ -418,7 +419,12 @@ def _as_submitted(offer: Offer, sequences: dict[int, Sequence]) -> GenerateReque
 
 
 def build_engine(
-    options: EngineOptions, hash_key: bytes, progress: Progress | None = None, group: RankGroup | None = None, host: str | None = None
+    options: EngineOptions,
+    hash_key: bytes,
+    progress: Progress | None = None,
+    group: RankGroup | None = None,
+    host: str | None = None,
+    warming: Progress | None = None,
 ) -> Engine:
     """Load the model and make an engine around it.
 
@@ -428,13 +434,14 @@ def build_engine(
         progress: called with (done, total) while weights load.
         group: the ranks that share the model, of which this is the leader; None for `tp=1`.
         host: this process's address, at which other replicas may reach it; None: they may not.
+        warming: called with (done, total) while a GPU warms up.
 
     Raises:
         ValueError: an option or the model is not supported; names it.
     """
     from .build import build_runner  # here, so that the deciding half can be used and tested without torch
 
-    runner, sizes = build_runner(options, progress, group, host)
+    runner, sizes = build_runner(options, progress, group, host, warming)
     scheduler_options = options.scheduler
     page_size = options.cache.page_size
     pool = PagePool(sizes.pages, page_size, hash_key, options.cache.prefix_cache)
@@ -446,7 +453,7 @@ def build_engine(
         max_running=max_running,
         tp=options.parallel.tp,
     )
-    return Engine(
+    engine = Engine(
         Scheduler(pool, scheduler_options.max_batch_tokens, max_running, info.eos_token_ids, sizes.host_pages, options.cache.preemption),
         runner,
         Door.of(info, options.limits),
@@ -456,3 +463,5 @@ def build_engine(
         page_bytes=sizes.page_bytes,
         kv_format=sizes.kv_format,
     )
+    engine.startup_s = sizes.startup_s
+    return engine

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 
 import numpy as np
@@ -55,6 +56,7 @@ class KVStore:
         else:
             self.host = _zeros((host_pages, *shape.dims), shape.dtype, torch.device("cpu"))
         self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
+        self._kernel = copy_with_kernel if self.pool.is_cuda and find_spec("triton") else None
 
     @property
     def page_size(self) -> int:
@@ -74,8 +76,11 @@ class KVStore:
         """Copy (source, destination) pages; every source is read before any destination is written."""
         if not pairs:
             return
-        sources, destinations = torch.tensor(pairs, device=self.pool.device).unbind(1)
-        self.pool[destinations] = self.pool[sources]
+        if self._kernel is not None and not {source for source, _ in pairs} & {destination for _, destination in pairs}:
+            self._kernel(self.pool, pairs)
+        else:
+            sources, destinations = torch.tensor(pairs, device=self.pool.device).unbind(1)
+            self.pool[destinations] = self.pool[sources]
 
     # --- beside the steps: called on other threads than theirs ---
 
@@ -158,6 +163,15 @@ class KVStore:
         if tuple(data.shape) != self.shape.dims or data.dtype != self.shape.dtype:
             raise ValueError(f"a page is {self.shape.dims} {self.shape.dtype}, got {tuple(data.shape)} {data.dtype}")
         self.pool[page].copy_(data)
+
+
+def copy_with_kernel(pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy (source, destination) pages, none of which is both, beside whatever else the device does: no memory is taken for it."""
+    from ..kernels.page_copy import move_pages  # Triton is not installed everywhere
+
+    ids = torch.tensor(list(zip(*pairs, strict=True)), dtype=torch.int64, pin_memory=pool.is_cuda)
+    sources, destinations = (row.to(pool.device, non_blocking=True) for row in ids)
+    move_pages(pool, sources, pool, destinations)
 
 
 def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:

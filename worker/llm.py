@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .engine import Engine, build_engine
+from .engine import Engine, Progress, build_engine
 from .options import engine_options
 from .protocol import BadRequest, EngineStats, FinishReason, GenerateRequest, SamplingParams, SequenceOutput, TokenLogprob
 from .text.choice import ChoiceText
@@ -83,13 +83,11 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2", progress: bool = True, **options: Any) -> None:
-        with tqdm(desc="weights", unit="B", unit_scale=True, disable=not progress, file=sys.stderr, leave=False) as bar:
-
-            def loaded(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            self.engine: Engine = build_engine(engine_options(model=model, **options), secrets.token_bytes(32), loaded)
+        look: dict[str, Any] = {"disable": not progress, "file": sys.stderr, "leave": False}
+        with tqdm(desc="weights", unit="B", unit_scale=True, **look) as weights, tqdm(desc="warm-up", unit="step", **look) as steps:
+            self.engine: Engine = build_engine(
+                engine_options(model=model, **options), secrets.token_bytes(32), _drawn(weights), warming=_drawn(steps)
+            )
         self.tokenizer: Tokenizer = load_tokenizer(Path(self.engine.info.path))
         self._progress = progress
         self._requests = 0
@@ -243,6 +241,14 @@ class _Growing:
         if self.finish is None:
             raise RuntimeError(f"sequence {self._index} has not ended")
         return CompletionOutput(self._index, "".join(self._text), self._tokens, self.finish, self._stop_reason, self._logprobs)
+
+
+def _drawn(bar: tqdm[Any]) -> Progress:
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -13,7 +13,7 @@ EAGER_BYTES = 2**30  # that must be saved in a step that runs eagerly anyway
 GRAPH_BYTES = 8 * 2**30  # that must be saved for a step to leave its graph: about 3 ms of an H100's memory
 
 
-def shared_pages(tables: npt.NDArray[np.int32], kv_lens: npt.NDArray[np.int32], page_size: int) -> int:
+def shared_pages(tables: npt.NDArray[np.int32], kv_lens: npt.NDArray[np.int64], page_size: int) -> int:
     """Whole pages with which all rows begin.
 
     Args:

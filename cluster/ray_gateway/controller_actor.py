@@ -361,6 +361,7 @@ def _replica_row(replica: Replica) -> tuple[Any, ...]:
         stats.prompt_tokens if stats else 0,
         stats.output_tokens if stats else 0,
         replica.reason,
+        tuple(report.phases.items()) if report else (),
     )
 
 

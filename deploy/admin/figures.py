@@ -1,6 +1,7 @@
 """What the controller counts, as Prometheus text: `GET /metrics` of the admin API. Names stand in docs/metrics.md.
 
-Labels come from fixed sets: replica states, reasons of refusal and of moves, and the tenants that the key file names.
+Labels come from fixed sets: replica ids and states, phases of a start, reasons of refusal and of moves, and the tenants that the key file
+names.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class _StatusCollector(Collector):
         for state in SHOWN_STATES:
             replicas.add_metric([state], states[state])
         yield replicas
+        startup = GaugeMetricFamily("quire_startup_seconds", "What a replica's start took, by phase.", labels=["replica", "phase"])
+        for replica in status.replicas:
+            for phase, seconds in replica.startup_s:
+                startup.add_metric([replica.id, phase], seconds)
+        yield startup
         yield GaugeMetricFamily("quire_ingresses", "HTTP server processes.", value=len(status.ingresses))
         yield GaugeMetricFamily("quire_queue_requests", "Requests that wait for a replica.", value=figures.queue_requests)
         yield GaugeMetricFamily("quire_queue_tokens", "Prompt tokens that wait for a replica.", value=figures.queue_tokens)

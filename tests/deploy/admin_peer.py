@@ -39,6 +39,7 @@ STATUS = ClusterStatus(
             waiting=1,
             prompt_tokens=500,
             output_tokens=1000,
+            startup_s=(("import torch", 1.5), ("load model", 8.0)),
         ),
         ReplicaRow("replica-1", 8, "starting", "", (), PageCounts(), 0, 0, reason="waiting for 1 GPU"),
     ),

@@ -203,6 +203,8 @@ def test_its_metrics_are_those_of_the_docs(admin: Admin, root: Path) -> None:
         ("quire_replicas", "dead"): 0,
         ("quire_replicas", "draining"): 0,
         ("quire_replicas", "drained"): 0,
+        ("quire_startup_seconds", "import torch", "replica-0"): 1.5,
+        ("quire_startup_seconds", "load model", "replica-0"): 8.0,
         ("quire_ingresses",): 1,
         ("quire_queue_requests",): 3,
         ("quire_queue_tokens",): 170,

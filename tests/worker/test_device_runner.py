@@ -14,6 +14,7 @@ from tiny_models import tiny_checkpoint
 from torch import Tensor
 
 from quire import LLM, SamplingParams
+from quire.worker import device_runner
 from quire.worker.cuda_graphs import CudaCapture, buckets_up_to
 from quire.worker.device_runner import DeviceRunner
 from quire.worker.device_sampler import DeviceSampler
@@ -46,7 +47,7 @@ def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
     assert isinstance(plain, ModelRunner)
     info, kv = llm.engine.info, plain._kv
     sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, kv.pool.device)
-    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, capture)
+    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, capture=capture)
     return llm
 
 
@@ -107,6 +108,25 @@ def test_without_graphs_too_and_with_penalties(checkpoint, device):
     params = [SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, repetition_penalty=1.3, presence_penalty=0.5)] * 3
     plain = LLM(str(checkpoint), progress=False, attention="torch", device="cpu", page_size=16, kv_pages=12, threads=1)
     assert outputs(engine(checkpoint, device, None), params) == outputs(plain, params)
+
+
+@pytest.mark.slow
+def test_a_shared_prefix_is_read_once_and_the_tokens_are_the_same(checkpoint, device, monkeypatch):
+    """The second prompt found the first page of the first one."""
+    prompts = [[(3 * j) % 97 for j in range(34)] + [i] for i in range(2)]
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    plain = LLM(str(checkpoint), progress=False, attention="torch", device="cpu", page_size=16, kv_pages=12, threads=1)
+    llm, seen = engine(checkpoint, device, capture_of(device)), []
+
+    def always(rows: int, pages: int, page_bytes: int, graphed: bool) -> bool:
+        seen.append(pages)
+        return pages > 0
+
+    monkeypatch.setattr(device_runner, "worth_sharing", always)
+    assert [a.outputs[0].token_ids for a in llm.generate(prompts, params)] == [
+        a.outputs[0].token_ids for a in plain.generate(prompts, params)
+    ]
+    assert seen.count(1) >= 3
 
 
 @pytest.mark.slow

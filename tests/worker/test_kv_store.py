@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quire.worker.kv_store import KVStore, PageShape
+from quire.worker.kv_store import KVStore, PageShape, copy_with_kernel
 
 SHAPE = PageShape(kv_heads=2, layers=3, page_size=4, head_dim=8, dtype=torch.float32)
 
@@ -39,6 +39,25 @@ def test_copies_read_every_source_first() -> None:
         assert torch.equal(store.pool[page], before[source])
     store.copy_pages([])
     assert torch.equal(store.pool[1], before[0])
+
+
+def test_the_kernel_copies_the_same() -> None:
+    store, pairs = numbered(8), [(0, 3), (5, 1), (0, 7)]
+    before = store.pool.clone()
+    copy_with_kernel(store.pool, pairs)
+    for page in range(8):
+        source = {3: 0, 1: 5, 7: 0}.get(page, page)
+        assert torch.equal(store.pool[page], before[source])
+
+
+def test_a_page_that_is_read_and_written_is_no_work_for_the_kernel() -> None:
+    store, seen = numbered(), []
+    before = store.pool.clone()
+    store._kernel = lambda pool, pairs: seen.append(pairs)
+    store.copy_pages([(0, 1), (1, 2)])
+    assert torch.equal(store.pool[2], before[1])
+    store.copy_pages([(0, 4)])
+    assert seen == [[(0, 4)]]
 
 
 def test_pages_leave_and_come_back() -> None:

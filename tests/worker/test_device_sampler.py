@@ -1,0 +1,93 @@
+"""The sampler of a GPU against that of a CPU: the kernel in the interpreter, or compiled with -m gpu."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from quire.worker.device_sampler import DeviceSampler, sample_rows
+from quire.worker.protocol import SamplingParams
+from quire.worker.sampler import Sampler, SamplingRow
+from quire.worker.staging import ALIGNMENT, Staging, size_of
+
+VOCAB, EOS = 300, (2, 7)
+PARAMS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3),
+    SamplingParams(temperature=0.0, logit_bias={5: 3.0, 250: -2.5}, repetition_penalty=1.2),
+    SamplingParams(min_tokens=9, stop_token_ids=(11, 12), logit_bias={11: 50.0}),
+    SamplingParams(temperature=0.7, top_p=0.8),
+    SamplingParams(temperature=1.3, top_k=12, min_p=0.02, frequency_penalty=1.0),
+    SamplingParams(top_k=-1, logprobs=3),
+    SamplingParams(temperature=0.0, logprobs=0, presence_penalty=1.0),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return torch.device(request.param)
+
+
+def rows() -> list[SamplingRow]:
+    numbers = np.random.default_rng(0)
+    return [SamplingRow(p, 11 * i + 1, 20 + i, 12, numbers.integers(0, VOCAB, 20).astype(np.int32)) for i, p in enumerate(PARAMS)]
+
+
+def scores() -> torch.Tensor:
+    torch.manual_seed(0)
+    logits = torch.randn(len(PARAMS), VOCAB) * 3
+    for row, wanted in zip(logits, rows(), strict=True):
+        row[torch.from_numpy(wanted.tokens[12:]).long()] += 6.0  # what has been said is likely, so that penalties count
+    logits[3, list(EOS)] += 20.0  # banned, and would be drawn
+    return logits
+
+
+def test_the_same_tokens_and_log_probabilities(device):
+    expected = Sampler(EOS, VOCAB).sample(scores(), rows())
+    got = DeviceSampler(EOS, VOCAB, device).sample(scores().to(device), rows())
+    assert [d.token for d in got] == [d.token for d in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours.logprob is None) == (theirs.logprob is None)
+        if ours.logprob is not None and theirs.logprob is not None:
+            assert ours.logprob.logprob == pytest.approx(theirs.logprob.logprob, abs=1e-4)
+            assert [t for t, _ in ours.logprob.top] == [t for t, _ in theirs.logprob.top]
+    plain = Sampler(EOS, VOCAB).sample(scores(), [r._replace(params=SamplingParams(temperature=0.0)) for r in rows()])
+    assert [d.token for d in plain[1:4]] != [d.token for d in expected[1:4]], "the edits decide, or the test shows nothing"
+
+
+def test_a_row_that_is_not_finite_fails_alone(device):
+    logits = scores()
+    logits[6, 3] = math.nan
+    got = DeviceSampler(EOS, VOCAB, device).sample(logits.to(device), rows())
+    assert [d.error is None for d in got] == [True] * 6 + [False, True]
+    assert got[6].logprob is None
+    assert got[7].logprob is not None
+
+
+def test_each_token_is_edited_once():
+    both = SamplingParams(logit_bias={4: 1.0, 9: -1.0}, stop_token_ids=(9,), min_tokens=5, repetition_penalty=1.5, frequency_penalty=0.5)
+    *_, starts, ids, bias, repetition, penalty = sample_rows([SamplingRow(both, 1, 4, 1, np.array([9, 4, 4, 6], np.int32))], (2,))
+    assert starts.tolist() == [0, 4]
+    assert ids.tolist() == [2, 4, 6, 9]
+    assert bias.tolist() == [-math.inf, 1.0, 0.0, -math.inf]
+    assert repetition.tolist() == [1.0, 1.5, 1.5, 1.5]
+    assert penalty.tolist() == [0.0, 1.0, 0.5, 0.0]
+
+
+def test_staging_keeps_places_and_alignment(device):
+    staging = Staging(device)
+    arrays = [np.arange(3, dtype=np.int64), np.zeros(0, np.int32), np.array([[1, 2], [3, 4]], np.int32), np.array([0.5], np.float32)]
+    memory = torch.empty(size_of(arrays), dtype=torch.uint8, device=device)
+    first = staging.upload(arrays, memory)
+    assert [t.tolist() for t in first] == [[0, 1, 2], [], [[1, 2], [3, 4]], [0.5]]
+    assert all((t.data_ptr() - memory.data_ptr()) % ALIGNMENT == 0 for t in first)
+    second = staging.upload([arrays[0] + 5, *arrays[1:]], memory)
+    assert second[0].data_ptr() == first[0].data_ptr()
+    assert first[0].tolist() == [5, 6, 7]
+    large = staging.upload([np.arange(50_000, dtype=np.int64)])[0]
+    assert large[-1] == 49_999
