@@ -63,7 +63,7 @@ def ranks(options: EngineOptions) -> Iterator[Ranks]:
     """An engine of `options.parallel.tp` ranks in this process, the followers as threads."""
     tp = options.parallel.tp
     if tp == 1:
-        yield Ranks(build_engine(options, KEY), [])
+        yield Ranks(build_engine(options, KEY, host=LOOPBACK), [])
         return
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
     broken: list[str] = []
