@@ -186,6 +186,11 @@ class AdminPort(Protocol):
         """Replica id -> a byte for each page: f free, a active, s shared, c cached, r reserved. Only of ready replicas."""
         ...
 
+    async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:
+        """Replica id -> what it did lately when pages had run out, oldest first: step, request_id, choice, action, reason, pages,
+        predicted_s, actual_s. Only of ready replicas."""
+        ...
+
     async def restart(self, replica_id: str) -> None:
         """Ends this life of a replica and starts another; its streams go on elsewhere. Returns when that has begun.
 

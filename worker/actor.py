@@ -214,6 +214,15 @@ class ReplicaActor:
         """
         return await self._look(self._ready_loop().page_map())
 
+    @ray.method(concurrency_group="control")
+    async def decisions(self) -> list[dict[str, Any]]:
+        """What was done lately when pages had run out: fields of `worker.decisions.Record`, oldest first.
+
+        Raises:
+            ReplicaLost: as `events`.
+        """
+        return await self._look(self._ready_loop().decisions())
+
     @ray.method(concurrency_group="moves")
     async def migrate(self, request_id: str, actor: str, replica_id: str, epoch: int, fill: bool = False) -> tuple[Any, ...]:
         """Moves a request to the replica `replica_id` in `epoch`, whose actor is called `actor`; with `fill` copies its pages there.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .pressure import Action, Decision
 from .sequence import Sequence
@@ -48,6 +49,10 @@ class Decisions:
         self.counts[action] += 1
         self.predicted_s[action] += decision.predicted_s
         return record
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The latest decisions, oldest first, with the fields of `Record`."""
+        return [asdict(record) for record in self.recent]
 
     def charge(self, record: Record, seconds: float) -> None:
         """A decision has cost so much more."""

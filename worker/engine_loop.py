@@ -141,6 +141,10 @@ class EngineLoop:
         """The state of every page (`PagePool.page_map`)."""
         return self._ask(self._engine.scheduler.pool.page_map)
 
+    def decisions(self) -> Future[list[dict[str, Any]]]:
+        """What was done lately when pages had run out (`Decisions.rows`)."""
+        return self._ask(self._engine.scheduler.decisions.rows)
+
     def migrate(self, request_id: str, to: Peer, fill: bool = False) -> Future[MigrationResult]:
         """Move a request to another replica, with its pages, while it goes on; with `fill` copy the pages of its prompt there instead.
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -180,11 +180,21 @@ class ControllerActor:
 
     async def page_maps(self) -> dict[str, bytes]:
         """A byte for each page of each ready replica (`ReplicaActor.page_map`)."""
+        maps = await self._ask_all(lambda life: life.leader.page_map.remote())
+        return {replica_id: pages for replica_id, pages in maps.items() if isinstance(pages, bytes)}
+
+    async def decisions(self) -> dict[str, list[dict[str, Any]]]:
+        """What each ready replica did lately when pages had run out (`ReplicaActor.decisions`)."""
+        rows = await self._ask_all(lambda life: life.leader.decisions.remote())
+        return {replica_id: some for replica_id, some in rows.items() if isinstance(some, list)}
+
+    async def _ask_all(self, ask: Callable[[Life], Any]) -> dict[str, Any]:
+        """What each ready replica answers, or the error."""
         await self._started()
         ready = [r for r in self._table.serving() if r.state is ReplicaState.READY]
         lives = [life for r in ready if (life := self._running.get(LifeName(r.replica_id, r.epoch)))]
-        maps = await asyncio.gather(*(answer(life.leader.page_map.remote(), STATUS_TIMEOUT_S) for life in lives), return_exceptions=True)
-        return {life.name.replica_id: pages for life, pages in zip(lives, maps, strict=True) if isinstance(pages, bytes)}
+        answers = await asyncio.gather(*(answer(ask(life), STATUS_TIMEOUT_S) for life in lives), return_exceptions=True)
+        return {life.name.replica_id: some for life, some in zip(lives, answers, strict=True)}
 
     async def restart(self, replica_id: str) -> bool:
         """Ends the life of a replica; the next one begins at once. False when there is no such replica."""

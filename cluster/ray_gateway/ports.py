@@ -93,6 +93,11 @@ class AdminPort:
         maps: dict[str, bytes] = await answer(self._handle.page_maps.remote())
         return maps
 
+    async def decisions(self) -> dict[str, list[dict[str, Any]]]:
+        """Replica id -> what it did lately when pages had run out."""
+        rows: dict[str, list[dict[str, Any]]] = await answer(self._handle.decisions.remote())
+        return rows
+
     async def restart(self, replica_id: str) -> None:
         """Ends this life of a replica and starts another."""
         if not await answer(self._handle.restart.remote(replica_id)):

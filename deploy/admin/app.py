@@ -71,6 +71,11 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
             }
         )
 
+    @app.get("/admin/decisions")
+    async def decisions() -> JSONResponse:
+        """Why sequences gave way lately when pages had run out, by replica, and what that was to cost and came to."""
+        return JSONResponse(await port.decisions())
+
     @app.get("/metrics")
     async def metrics() -> Response:
         """The controller's figures for Prometheus."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from quire.cluster.admin import (
     ClusterStatus,
@@ -79,6 +80,9 @@ class FakePort:
 
     async def page_maps(self) -> Mapping[str, bytes]:
         return {"replica-0": b"a" * 12 + b"s" * 4 + b"c" * 16 + b"f" * 32}
+
+    async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:
+        return {"replica-0": [{"step": 9, "action": "swap", "reason": "cheapest", "predicted_s": 0.5, "actual_s": 0.25}]}
 
     async def restart(self, replica_id: str) -> None:
         if replica_id not in {replica.id for replica in self.now.replicas}:

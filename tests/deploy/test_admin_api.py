@@ -128,7 +128,14 @@ def test_a_controller_that_does_not_answer_is_a_503(admin: Admin) -> None:
     assert "controller does not answer" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/admin/status", "/admin/top", "/metrics", "/nothing", "/live", "/docs", "/openapi.json"])
+def test_decisions_are_told_by_replica(admin: Admin) -> None:
+    (told,) = httpx.get(admin[1].url + "/admin/decisions").json()["replica-0"]
+    assert (told["action"], told["reason"]) == ("swap", "cheapest")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/admin/status", "/admin/top", "/admin/decisions", "/metrics", "/nothing", "/live", "/docs", "/openapi.json"]
+)
 @pytest.mark.parametrize("token", [None, "sesam", "sesamee"])
 def test_with_a_token_nothing_answers_without_it(closed: Admin, path: str, token: str | None) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token is not None else {}

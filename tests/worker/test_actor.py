@@ -327,7 +327,7 @@ def test_an_engine_that_is_not_there_has_nothing_to_tell() -> None:
             return hash_engine()
 
         actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
-        for ask in (actor.events(None, 1.0), actor.requests(), actor.page_map()):
+        for ask in (actor.events(None, 1.0), actor.requests(), actor.page_map(), actor.decisions()):
             with pytest.raises(ReplicaLost, match="not ready"):
                 await ask
         go.set()
