@@ -1,6 +1,6 @@
 """Time to first token of a request whose first 1,500 tokens another has already computed, against one that shares nothing.
 
-    python benchmarks/prefix_reuse.py
+python benchmarks/prefix_reuse.py
 """
 
 import argparse

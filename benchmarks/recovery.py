@@ -145,6 +145,17 @@ class Server:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return None
 
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What the admin API answers to a POST.
+
+        Raises:
+            urllib.error.URLError: it refuses, or does not answer.
+        """
+        request = urllib.request.Request(self._admin + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=90) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
     async def until(self, true: Any, timeout_s: float) -> float | None:
         """Seconds until the status is like that; None when it is not in time."""
         begun_s = time.perf_counter()
@@ -159,8 +170,8 @@ class Server:
 
 
 @contextmanager
-def served(args: argparse.Namespace) -> Iterator[Server]:
-    """A server of its own, that is gone afterwards."""
+def served(args: argparse.Namespace, *more: str) -> Iterator[Server]:
+    """A server of its own, with `more` flags, that is gone afterwards."""
     flags = [
         "--model",
         args.model,
@@ -172,6 +183,7 @@ def served(args: argparse.Namespace) -> Iterator[Server]:
         args.ingresses,
         "--kv-pages",
         args.kv_pages,
+        *more,
     ]
     command = [sys.executable, "-m", "quire.deploy.cli", "serve", "--port", "0", "--admin-port", "0", *map(str, flags)]
     log = Path(tempfile.mkstemp(prefix="quire-recovery-", suffix=".log")[1])
