@@ -161,7 +161,7 @@ def test_a_decision_looks_at_the_last_few_only() -> None:
 def test_a_neighbour_that_ends_without_needing_a_page_is_waited_for() -> None:
     engine = hash_engine(pages=5, page_size=4, preemption="decide", prefix_cache=False)
     scheduler = engine.scheduler
-    scheduler.costs = lambda: COSTS
+    scheduler.costs = lambda: COSTS._replace(prefill_tokens_per_s=50.0)
     engine.submit(request("long", [1] * 7, max_tokens=9))
     engine.submit(request("short", [2] * 9, max_tokens=4))  # three pages hold all it will ever write
     while not scheduler.decisions.recent:
