@@ -102,7 +102,8 @@ class Berth:
                 self._register(table)
             self.release()
             return
-        placed = dict(list(tables.items())[: self._awaited])  # who began to run after the offer has no place here, and begins again
+        places = self._awaited + max(self._scheduler.free_places(), 0)
+        placed = dict(list(tables.items())[:places])  # who began to run after the offer may find no place here, and begins again
         for table in placed.values():
             self._pool.retain(table.pages)
         try:

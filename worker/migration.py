@@ -109,6 +109,7 @@ class SourceMigration:
         self._round_pages = self._budget.round_pages(self._page_bytes)
         self._say = say
         self._latest: Message = Abort("nothing was offered")
+        self._accept = Accept((), 0, ())
         self._began_s = self._said_s = self._heard_s = self._frozen_s = 0.0
         self._link = False
         self._round = 0  # that is asked for, or that there is room for
@@ -120,7 +121,6 @@ class SourceMigration:
     def start(self, offer: Offer, now_s: float) -> None:
         """Ask the destination."""
         self._began_s = self._heard_s = now_s
-        self._link = offer.pages > 0
         self._tell(offer, now_s)
 
     def advance(self, now_s: float) -> None:
@@ -147,7 +147,7 @@ class SourceMigration:
         self._heard_s = now_s
         match message:
             case Accept() if self.state is Source.OFFERED:
-                self._accepted(message, now_s)
+                self._accepted(message)
             case Ready(round_) if self.state is Source.COPYING and round_ == self._round:
                 self._ready = True
             case Committed() if self.state is Source.FROZEN:
@@ -185,14 +185,18 @@ class SourceMigration:
         if not self.over and now_s - self._said_s >= REPEAT_S:
             self._tell(self._latest, now_s)
 
-    def _accepted(self, accept: Accept, now_s: float) -> None:
+    def _accepted(self, accept: Accept) -> None:
         self.state = Source.COPYING
+        self._accept = accept
         wrong = self._cargo.tell_found(accept.found)
         if wrong is not None:
             self.abort(wrong)
-        elif self._link:
-            self._moves.open(LinkEnd(self.name, accept.tp, accept.addresses))
-            self._ask_for_room(now_s)
+
+    def _open_link(self, now_s: float) -> None:
+        """Only for pages that must travel: what waits, or is there already, needs none."""
+        self._link = True
+        self._moves.open(LinkEnd(self.name, self._accept.tp, self._accept.addresses))
+        self._ask_for_room(now_s)
 
     def _ask_for_room(self, now_s: float) -> None:
         """For what is full, for a last page of each sequence, and for one that each may gain meanwhile."""
@@ -204,7 +208,7 @@ class SourceMigration:
         full, partial = self._cargo.unsent()
         if not self._link:
             if full or partial:
-                self.abort("it has started meanwhile")
+                self._open_link(now_s)
             elif self._cargo.can_freeze():
                 self._freeze([], now_s)
             return
@@ -300,9 +304,8 @@ class DestinationMigration:
         self._commit: Commit | None = None
         self._reason = ""
         self._heard_s = self._commit_s = now_s
-        self._link = offer.pages > 0
-        if self._link:
-            moves.open(LinkEnd(name, offer.tp, ()))
+        self._link = True
+        moves.open(LinkEnd(name, offer.tp, ()))
         say(accept)
 
     def hear(self, message: Message, now_s: float) -> None:

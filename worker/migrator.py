@@ -90,7 +90,7 @@ class Migrator:
         self._shipping = Shipping(engine.scheduler.moves, engine.page_bytes, Budget(options.migration_bandwidth), streams.tell)
         self._clock = clock
         self._asked: deque[_Asked] = deque()
-        self._leaving: dict[str, tuple[SourceMigration, Done]] = {}
+        self._leaving: dict[str, tuple[SourceMigration, list[Done]]] = {}
         self._arriving: dict[str, tuple[DestinationMigration, Peer]] = {}
         self._over: dict[str, tuple[SourceMigration | DestinationMigration, float]] = {}  # oldest first, with the time of its end
         self._relief: Peer | None = None
@@ -162,8 +162,9 @@ class Migrator:
         lost = MigrationResult(Outcome.LOST, reason="the source has died")
         for asked in self._asked:
             asked.done(lost)
-        for _, done in self._leaving.values():
-            done(lost)
+        for _, waiting in self._leaving.values():
+            for done in waiting:
+                done(lost)
         self._asked.clear()
         self._leaving.clear()
 
@@ -172,10 +173,14 @@ class Migrator:
     def _relieve(self) -> None:
         """See to those whom a lack of pages sends away."""
         for request_id in self._engine.scheduler.take_emigrants():
-            if self._relief is None:
+            done = partial(self._relieved, request_id)
+            under_way = [waiting for migration, waiting in self._leaving.values() if migration.request_id == request_id]
+            if under_way:
+                under_way[0].append(done)
+            elif self._relief is None:
                 self._engine.scheduler.stays(request_id)
             else:
-                self._asked.appendleft(_Asked(request_id, self._relief, False, partial(self._relieved, request_id)))
+                self._asked.appendleft(_Asked(request_id, self._relief, False, done))
 
     def _relieved(self, request_id: str, result: MigrationResult) -> None:
         if result.outcome is not Outcome.MOVED:
@@ -198,7 +203,7 @@ class Migrator:
         cargo, offer = made
         say = partial(self._say, asked.to, name)
         migration = SourceMigration(name, request_id, asked.to, cargo, self._shipping, say)
-        self._leaving[name] = migration, asked.done
+        self._leaving[name] = migration, [asked.done]
         migration.start(offer, now_s)
 
     def _move_of(self, request: Request, owner: Owner, now_s: float) -> tuple[Cargo, Offer]:
@@ -259,11 +264,12 @@ class Migrator:
 
     def _tidy(self, now_s: float) -> None:
         """Take out what is over, and tell who asked."""
-        for name, (migration, done) in list(self._leaving.items()):
+        for name, (migration, waiting) in list(self._leaving.items()):
             if migration.result is not None:
                 del self._leaving[name]
                 self._over[name] = migration, now_s
-                done(migration.result)
+                for done in waiting:
+                    done(migration.result)
         for name, (arrival, _) in list(self._arriving.items()):
             if arrival.over:
                 del self._arriving[name]

@@ -158,6 +158,41 @@ def test_a_waiting_request_moves_without_pages():
     world.settle()
 
 
+def test_a_waiting_request_that_starts_on_the_way_moves_with_its_pages():
+    world = World(max_running=1)
+    world.submit("A", "first", PROMPT, max_tokens=4)
+    world.turn("A")
+    stream = world.submit("A", "r", [7, 8, 9, 7, 8], max_tokens=60)
+    world.turn("A")
+    world.migrate("r", "A", "B")
+    for _ in range(10):  # B has not looked at the offer yet
+        world.turn("A")
+    assert len(stream.have(0)) > 3
+    world.until(lambda: bool(world.results))
+    outcome, pages = world.results[0][1][:2]
+    assert outcome is Outcome.MOVED
+    assert pages >= 2
+    assert world["B"].engine.scheduler.running[0].request_id == "r"
+    world.settle()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_victim_of_a_lack_of_pages_moves_to_where_there_is_room_or_gives_way_here(full):
+    world = World(pages=12, max_batch_tokens=40, preemption="migrate")
+    if full:
+        world.submit("B", "other", [1] * 20, max_tokens=28)
+        world.turn("B")
+    world["A"].loop.relief(world["B"].peer, 10, 0.001)
+    for i in range(2):
+        world.submit("A", f"r{i}", PROMPT, seed=i, max_tokens=24)
+    counts = world["A"].engine.scheduler.decisions.counts
+    world.settle()
+    assert counts["migrate"] > 0
+    assert (counts["recompute"] > 0) is full
+    assert (world["B"].engine.scheduler.moves.moved_pages["receive"] > 0) is not full
+    assert all(s.resumed == 0 for s in world.streams.values())
+
+
 def test_what_was_preempted_moves_without_pages_and_keeps_its_tokens():
     world = World(pages=12, max_batch_tokens=40)
     for i in range(3):
