@@ -67,7 +67,7 @@ async def fragments(server: Server, args: argparse.Namespace, seed: int) -> dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, "rebalance", 4, 64)
+    add_arguments(parser, "rebalance", 4, 128)
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--fill", type=float, default=0.6, help="share of each pool that is filled before the long prompt")
     parser.add_argument("--fillers", type=int, default=4, help="streams of which that is made, for each replica")
     parser.add_argument("--filler-output", type=int, default=200, help="tokens")
-    parser.add_argument("--long-share", type=float, default=0.55, help="of a pool, for the prompt that fits nowhere")
+    parser.add_argument("--long-share", type=float, default=0.5, help="of a pool, for the prompt that fits nowhere")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {mode: [] for mode in MODES}
