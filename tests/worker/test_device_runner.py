@@ -28,6 +28,9 @@ MIXED = [
 ]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+
 class Again:
     """Instead of a graph."""
 
@@ -140,6 +143,7 @@ def test_warm_up_leaves_nothing_and_captures_every_bucket(checkpoint, device):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_a_replay_is_the_eager_step(checkpoint):
     """The same hidden states, bit for bit, for a batch that fills its bucket and for one that does not."""
     llm = engine(checkpoint, "cuda", CudaCapture(), max_running=8)
@@ -159,6 +163,7 @@ def test_a_replay_is_the_eager_step(checkpoint):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_serving_on_a_gpu_takes_the_device_runner_and_gives_the_tokens_of_a_cpu(checkpoint, expected):
     llm = LLM(str(checkpoint), progress=False, dtype="float32", page_size=16, kv_pages=12, max_batch_tokens=24, max_running=3)
     assert isinstance(llm.engine.runner, DeviceRunner)
