@@ -27,7 +27,7 @@ from .runner import Computed, ModelRunner
 from .sampler import SamplingRow
 from .sequence_table import PENDING, Gathered, Slot
 from .shared_prefix import shared_pages, worth_sharing
-from .staging import Staging
+from .staging import Mark, Staging
 
 if TYPE_CHECKING:
     from .device_sampler import DeviceSampler, Drawing  # which needs Triton
@@ -43,6 +43,7 @@ class _Issued(NamedTuple):
     plan: StepPlan
     drawn: list[tuple[int, Slot, int]]  # for each row that samples, in the drawing's order: (sequence, slot, position of the token)
     drawing: Drawing | None
+    done: Mark
     scores: tuple[tuple[int, tuple[TokenLogprob, ...]], ...]
 
 
@@ -121,13 +122,13 @@ class DeviceRunner(ModelRunner):
             self._scores.pop(seq, None)
         self._move(plan)
         if not plan.rows:
-            return _Issued(plan, [], None, ())
+            return _Issued(plan, [], None, Mark(self._device), ())
         step = self._table.gather(plan.rows)
         computed = self._forward(step)
         scores = tuple(self._score_prompts(computed))
         at = [i for i, row in enumerate(step.rows) if row.samples]
         if not at:
-            return _Issued(plan, [], None, scores)
+            return _Issued(plan, [], None, Mark(self._device), scores)
         ends = step.row_starts[1:][at] - 1
         places, owners = self._samples.upload([ends, step.owners[ends]])
         slots = [self._table[step.rows[i].seq] for i in at]
@@ -140,10 +141,11 @@ class DeviceRunner(ModelRunner):
         drawn = [(step.rows[i].seq, slot, slot.num_tokens) for i, slot in zip(at, slots, strict=True)]
         for slot in slots:
             self._table.append(slot, PENDING)
-        return _Issued(plan, drawn, drawing, scores)
+        return _Issued(plan, drawn, drawing, Mark(self._device), scores)
 
     def _collect(self, issued: _Issued) -> StepResult:
         sampled: dict[int, Sampled] = {}
+        issued.done.wait()  # also where nothing was drawn: what the inputs were staged in is used again
         results = issued.drawing.result() if issued.drawing is not None else []
         for (seq, slot, position), drawn in zip(issued.drawn, results, strict=True):
             if self._table.knows(seq, slot):  # a step ahead may have forgotten it

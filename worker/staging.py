@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 class Staging:
-    """The way from the host. Used once a step, by a caller that has at most `TURNS` steps under way."""
+    """The way from the host. Used at most once a step, by a caller that has at most `TURNS` steps under way and waits for each of them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,21 +66,32 @@ def views(memory: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
     ]
 
 
+class Mark:
+    """How far the device's work has been given to it when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until it has come so far."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class Answer:
     """Tensors of the device on their way to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:
         device = tensors[0].device
         self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=device.type == "cuda").copy_(t, non_blocking=True) for t in tensors]
-        self._there = None
-        if device.type == "cuda":
-            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._there.record()
+        self._there = Mark(device)
 
     def wait(self) -> list[Any]:
         """Their values as lists, when all that was asked of the device before them is done."""
-        if self._there is not None:
-            self._there.synchronize()
+        self._there.wait()
         return [t.tolist() for t in self._host]
 
 
