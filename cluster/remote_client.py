@@ -23,9 +23,11 @@ from ..worker.door import Door
 from ..worker.page_hash import prefix_hashes
 from ..worker.protocol import EngineStats, GenerateRequest, ModelInfo, QuireError, ReplicaLost, RequestFailed, SequenceOutput
 from .client import RecoveryStats
-from .journal import Abort, Ask, Command, Journal, Lost, Owner, Patience, Resumed, Submit, Withdraw
+from .commands import Abort, Ask, Command, Lost, Resumed, Submit, Withdraw
+from .journal import Journal, Patience
 from .messages import AdmitRequest, Route
 from .stream import StreamTable
+from .succession import Owner
 
 log = logging.getLogger(__name__)
 

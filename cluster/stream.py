@@ -8,7 +8,8 @@ stale owner cannot emit.
 from __future__ import annotations
 
 from ..worker.protocol import EngineStats, ReplicaLost, unpack_frame
-from .journal import Abort, Ask, Command, Journal
+from .commands import Abort, Ask, Command
+from .journal import Journal
 from .succession import Owner
 
 ABORT_AGAIN_S = 1.0  # outputs that are under way when an abort goes out are no reason for another

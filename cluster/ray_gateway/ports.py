@@ -27,9 +27,9 @@ from ..admin import (
     UnknownRequest,
 )
 from ..admissions import ADMIT_POLL_S
-from ..journal import Owner
 from ..messages import AdmitRequest, Route
 from ..remote_client import IngressOptions, RemoteEngineClient, Serving
+from ..succession import Owner
 from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, LifeName, answer
 
 SUBMIT_TIMEOUT_S = 65.0  # above the replica's own

@@ -23,8 +23,8 @@ from paged_memory import Page, expected_output
 from simulated_network import Broken, Faults, Net, Process, VirtualLoop
 from simulated_processes import POISON, REPLICAS, ControllerProcess, Ingress, Replica
 
-from quire.cluster.journal import Owner
 from quire.cluster.remote_client import RemoteStream
+from quire.cluster.succession import Owner
 from quire.worker.protocol import FinishReason, GenerateRequest, QuireError, ReplicaLost, SamplingParams
 from quire.worker.sequence import sequence_seed
 

@@ -12,10 +12,10 @@ from simulated_network import CALL_S, Broken, Channel, Gone, Process
 from quire.cluster.admissions import ADMIT_POLL_S, Admissions
 from quire.cluster.controller import Controller, Report
 from quire.cluster.global_scheduler import GlobalScheduler, QueueLimits
-from quire.cluster.journal import Owner
 from quire.cluster.messages import AdmitRequest, Route
 from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving
 from quire.cluster.routing import Router
+from quire.cluster.succession import Owner
 from quire.cluster.tenants import TenantTable
 from quire.worker.config import MigrationOptions
 from quire.worker.engine_loop import EngineLoop

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from quire.cluster.journal import Abort, Ask, Command, Journal, Lost, Owner, Patience, Resumed, Submit, Withdraw
+from quire.cluster.commands import Abort, Ask, Command, Lost, Resumed, Submit, Withdraw
+from quire.cluster.journal import Journal, Patience
 from quire.cluster.messages import AdmitRequest, Route
+from quire.cluster.succession import Owner
 from quire.worker.protocol import (
     BadRequest,
     DeadlineExceeded,

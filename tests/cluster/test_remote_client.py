@@ -12,9 +12,10 @@ import pytest
 from paged_memory import expected_output, hash_engine
 
 from quire.cluster import journal, remote_client
-from quire.cluster.journal import Owner, Patience
+from quire.cluster.journal import Patience
 from quire.cluster.messages import AdmitRequest, Route
 from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving
+from quire.cluster.succession import Owner
 from quire.worker.actor import ReplicaActor, raise_reply
 from quire.worker.config import EngineOptions
 from quire.worker.page_hash import prefix_hashes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from quire.cluster.journal import Abort, Ask, Command, Journal, Lost, Owner, Patience
+from quire.cluster.commands import Abort, Ask, Command, Lost
+from quire.cluster.journal import Journal, Patience
 from quire.cluster.messages import Route
 from quire.cluster.stream import ABORT_AGAIN_S, StreamTable
+from quire.cluster.succession import Owner
 from quire.worker.protocol import (
     EngineStats,
     FinishReason,

@@ -7,9 +7,10 @@ from itertools import islice
 
 import pytest
 
-from quire.cluster.journal import Abort, Ask, Command, Journal, Lost, Owner, Patience, Submit
+from quire.cluster.commands import Abort, Ask, Command, Lost, Submit
+from quire.cluster.journal import Journal, Patience
 from quire.cluster.messages import Route
-from quire.cluster.succession import MAX_PARKED, Succession
+from quire.cluster.succession import MAX_PARKED, Owner, Succession
 from quire.worker.protocol import FinishReason, GenerateRequest, ReplicaLost, SamplingParams, SequenceOutput, TokenLogprob
 
 A, B, C, D = Owner("a", 1), Owner("b", 5), Owner("c", 2), Owner("d", 9)

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import uvicorn
 
 from quire.cluster.client import RecoveryStats
-from quire.cluster.journal import Abort, Ask, Command, Journal, Owner, Patience, Submit
+from quire.cluster.commands import Abort, Ask, Command, Submit
+from quire.cluster.journal import Journal, Patience
 from quire.cluster.messages import Route
 from quire.cluster.remote_client import RemoteStream
 from quire.cluster.stream import StreamTable
+from quire.cluster.succession import Owner
 from quire.deploy.api.app import create_app
 from quire.deploy.api.context import Api
 from quire.deploy.api.http_server import server_config
