@@ -82,6 +82,8 @@ class PagedMemory:
         # All rows write before any reads, as a batch on a GPU does: a row that wrote into a neighbour's page would show.
         for row in plan.rows:
             s = self.known[row.seq]
+            if row.samples:
+                del s.tokens[row.start + row.num_tokens :]  # what a row that was dropped has drawn
             for position in range(row.start, row.start + row.num_tokens):
                 self.memory[s.pages[position // self.page_size]][position % self.page_size] = s.tokens[position]
         self.computed_tokens += sum(row.num_tokens for row in plan.rows)

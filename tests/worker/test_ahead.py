@@ -77,6 +77,22 @@ def test_an_abort_while_the_next_step_is_under_way():
     assert sum(len(o.tokens) for o in rest) == 5
 
 
+def test_who_is_frozen_while_the_next_step_is_under_way_goes_on_as_if_it_had_not_been():
+    engine = started(request("a", [1, 2]), request("b", [3]))
+    engine.runner.ahead = True
+    outputs = engine.step()
+    held = engine.scheduler.request("a")
+    engine.scheduler.freeze(held)
+    outputs += engine.step()  # the step ahead has a row for it, which is dropped
+    assert [o.request_id for o in outputs] == ["a", "b", "b"]
+    engine.scheduler.thaw(held)
+    while not engine.idle():
+        outputs += engine.step()
+        engine.scheduler.check()
+    for name, prompt in (("a", [1, 2]), ("b", [3])):
+        assert [t for o in outputs if o.request_id == name for t in o.tokens] == expected_output(prompt, 1, 6, ignore_eos=True)
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("repetition_penalty", 1.1), ("prompt_logprobs", 0)
 ])  # fmt: skip
