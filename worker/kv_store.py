@@ -86,19 +86,21 @@ class KVStore:
 
     def after(self) -> Callable[[], AbstractContextManager[None]]:
         """What is done inside of the context comes after everything that has been asked of the device so far, beside what is asked later,
-        and is over at its end."""
+        and is over at its end. Entering it waits for the former."""
         if self.pool.device.type != "cuda":
             return nullcontext
-        written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        written = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         written.record()
 
         @contextmanager
         def beside() -> Iterator[None]:
+            written.synchronize()
             stream = torch.cuda.Stream(self.pool.device)  # type: ignore[no-untyped-call]
-            stream.wait_event(written)
             with torch.cuda.stream(stream):
-                yield
-                stream.synchronize()
+                try:
+                    yield
+                finally:
+                    stream.synchronize()  # after a failure, too: nothing may be written into pages that are somebody else's by then
 
         return beside
 
@@ -117,7 +119,7 @@ class KVStore:
             read, written = (x.view(len(x), -1).view(torch.uint8).numpy() for x in (source, target))
             for here, there, count in _runs(source_pages, target_pages):
                 np.copyto(written[there : there + count], read[here : here + count])  # by this thread alone, and without Python's lock
-        elif self.page_bytes < DMA_BYTES:
+        elif self._kernel is not None and self.page_bytes < DMA_BYTES:
             from ..kernels.page_copy import move_pages
 
             move_pages(source, torch.tensor(source_pages, device=device), target, torch.tensor(target_pages, device=device))
@@ -125,25 +127,25 @@ class KVStore:
             for here, there, count in _runs(source_pages, target_pages):
                 target[there : there + count].copy_(source[here : here + count], non_blocking=True)
 
-    def parts(self, pages: Sequence[int], heads: slice, whole: bool) -> Iterator[Tensor]:
-        """Some heads of `pages`, in order, to be sent: contiguous tensors. On a CPU, or with `whole`, one for each page."""
-        if self.pool.device.type == "cpu" or whole:
+    def parts(self, pages: Sequence[int], heads: slice, single: bool) -> Iterator[Tensor]:
+        """Some heads of `pages`, in order, to be sent: contiguous tensors. Without the kernel, or with `single`, one for each page."""
+        if self._kernel is None or single:
             for page in pages:
                 yield self.pool[page, heads]
             return
         for some in self._stages(pages, heads):
-            yield self.pool[torch.tensor(some, device=self.pool.device)][:, heads].contiguous()
+            yield packed(self.pool[:, heads], some)
 
-    def landings(self, pages: Sequence[int], heads: slice, whole: bool) -> Iterator[Tensor]:
+    def landings(self, pages: Sequence[int], heads: slice, single: bool) -> Iterator[Tensor]:
         """The inverse of `parts`: tensors to be filled one after the other. A page is there when the next one is asked for, or the end."""
-        if self.pool.device.type == "cpu" or whole:
+        if self._kernel is None or single:
             for page in pages:
                 yield self.pool[page, heads]
             return
         for some in self._stages(pages, heads):
             landed = self.pool.new_empty((len(some), *self.pool[0, heads].shape))
             yield landed
-            self.pool[:, heads][torch.tensor(some, device=self.pool.device)] = landed
+            unpack(landed, self.pool[:, heads], some)
 
     def _stages(self, pages: Sequence[int], heads: slice) -> Iterator[Sequence[int]]:
         most = max(STAGED_BYTES // self.pool[0, heads].nbytes, 1)
@@ -172,6 +174,22 @@ def copy_with_kernel(pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
     ids = torch.tensor(list(zip(*pairs, strict=True)), dtype=torch.int64, pin_memory=pool.is_cuda)
     sources, destinations = (row.to(pool.device, non_blocking=True) for row in ids)
     move_pages(pool, sources, pool, destinations)
+
+
+def packed(pool: Tensor, pages: Sequence[int]) -> Tensor:
+    """Copies of those pages of a pool, or of some heads of it, one after the other."""
+    from ..kernels.page_copy import move_pages
+
+    found = pool.new_empty((len(pages), *pool.shape[1:]))
+    move_pages(pool, torch.tensor(pages, device=pool.device), found, None)
+    return found
+
+
+def unpack(some: Tensor, pool: Tensor, pages: Sequence[int]) -> None:
+    """The inverse of `packed`."""
+    from ..kernels.page_copy import move_pages
+
+    move_pages(some, None, pool, torch.tensor(pages, device=pool.device))
 
 
 def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from quire.worker import page_link, page_mover
+from quire.worker import page_channel, page_link, page_mover
 from quire.worker.kv_store import KVStore, PageShape
-from quire.worker.page_link import Hello, LinkBroken, Listener, dial
+from quire.worker.page_channel import LinkBroken
+from quire.worker.page_link import Hello, Listener, dial
 from quire.worker.page_mover import PageMover, Place
 from quire.worker.plan import LinkEnd, Move, Moved, MoveKind, StepPlan
 from quire.worker.rendezvous import LOOPBACK, listen
@@ -75,9 +76,7 @@ class Replica:
         self.kv_heads, self.tp, self.store = kv_heads, tp, Store()
         dtype = options.pop("dtype", torch.float32)
         reports = self.store if tp > 1 else None
-        self.ranks = [
-            Rank(len(heads_of(kv_heads, rank, tp)), Place(rank, tp, kv_heads, reports, **options), dtype) for rank in range(tp)
-        ]
+        self.ranks = [Rank(len(heads_of(kv_heads, rank, tp)), Place(rank, tp, kv_heads, reports, **options), dtype) for rank in range(tp)]
         whole = torch.randn(PAGES, kv_heads, LAYERS, 2, PAGE_SIZE, DIM).to(dtype)
         for number, rank in enumerate(self.ranks):
             held = heads_of(kv_heads, number, tp)
@@ -223,7 +222,7 @@ def test_every_head_of_every_page_arrives(kv_heads: int, source_tp: int, target_
 
 
 def test_what_cannot_be_opened_goes_over_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_link, "_pair", lambda *_: None)
+    monkeypatch.setattr(page_link, "open_pair", lambda *_: None)
     for kind in ("gloo", "nccl"):
         with replicas((2, 1), (2, 1), link_kind=kind) as (source, target):
             connect(source, target)
@@ -257,7 +256,7 @@ def test_a_link_that_is_closed_ends_what_waits_on_it_at_both_ends(kind: str, who
         began_s = time.monotonic()
         (source if who == "source" else target).start(plan(closed=("r/0/nonce",)))
         assert target.ended()[0].error is not None
-        assert time.monotonic() - began_s < page_link.TRANSFER_TIMEOUT_S / 2  # not by waiting for the time-out
+        assert time.monotonic() - began_s < page_channel.TRANSFER_TIMEOUT_S / 2  # not by waiting for the time-out
         source.start(plan(Move(1, MoveKind.SEND, (3,), (), "r/0/nonce")))
         assert {moved.move: moved.error is None for moved in source.ended(2)}[1] is False
 
