@@ -1,7 +1,7 @@
 """What carries the bytes of pages between a rank of one replica and a rank of another: one connection, or a process group beside it.
 
     HostChannel   the TCP connection itself, between host memories
-    PairChannel   a standalone gloo pair, or NCCL between two GPUs; the connection has introduced it, and stays
+    PairChannel   a standalone gloo pair, or NCCL between two GPUs; the connection has introduced its ends, and stays
 
 Every wait has a time-out. Whoever dies or closes ends the other's wait on the connection at once.
 """
@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -22,14 +22,18 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from .packing import packb, unpackb
+
 log = logging.getLogger(__name__)
 
 dist: Any = torch.distributed  # its type stubs lack most of what is used here
 
 GLOO, NCCL = "gloo", "nccl"
-MEET_TIMEOUT = timedelta(seconds=4)  # of the two ends of a pair
+MEET_TIMEOUT = timedelta(seconds=5)  # of the two ends of a pair
+MESSAGE_BYTES = 1024
+CONTENT = "content/"  # the last key that an end sets
+_LENGTH = 4
 TRANSFER_TIMEOUT_S = 20.0  # of one part, without a byte
-BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class LinkBroken(RuntimeError):
@@ -92,13 +96,15 @@ class PairChannel:
     ends at once, and a part is begun when both are there.
 
     Args:
+        meeting: has to live as long as the pair.
         pair: the group.
         rank: in it; 1 sends.
         device: where its tensors have to lie; parts that lie elsewhere are copied.
     """
 
-    def __init__(self, connection: socket.socket, pair: Any, rank: int, device: torch.device) -> None:
+    def __init__(self, connection: socket.socket, meeting: Meeting, pair: Any, rank: int, device: torch.device) -> None:
         self._connection = connection
+        self._meeting = meeting
         self._pair = pair
         self._rank = rank
         self._device = device
@@ -129,27 +135,73 @@ class PairChannel:
         """As `Channel.close`."""
         shut(self._connection)
         self._pair.abort()
+        self._pair = None
 
     def _meet(self) -> None:
         self._connection.sendall(b"\1")
         read_into(self._connection, bytearray(1))
 
 
-def open_pair(kind: str, meet: Callable[[], Any], rank: int, host: str, device: torch.device) -> Any:
-    """A process group of two; None when it cannot be opened.
+class Meeting(dist.Store):  # type: ignore[misc]
+    """Where the two ends of a pair find each other: what one of them sets, both have. It lives on their connection, so that nobody else
+    listens or can join in, and no names are looked up, as torch's own stores do."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._connection = connection
+        self._known: dict[str, bytes] = {}
+        self._over = False
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Tell the other end. Nothing is told when the meeting is over."""
+        self._known[key] = value.encode() if isinstance(value, str) else value
+        if not self._over:
+            write_message(self._connection, packb((key, self._known[key])))
+
+    def get(self, key: str) -> bytes:
+        """What either has set."""
+        self.wait([key])
+        return self._known[key]
+
+    def wait(self, keys: list[str], timeout: timedelta = MEET_TIMEOUT) -> None:
+        """Until all of them have been set. Raises: LinkBroken, OSError."""
+        until_s = time.monotonic() + timeout.total_seconds()
+        while not self.check(keys):
+            said = unpackb(read_message(self._connection, until_s - time.monotonic()))
+            if type(said) is not tuple or list(map(type, said)) != [str, bytes] or self._over:
+                raise LinkBroken(f"{said!r:.40} is nothing that a pair is opened with")
+            self._known[said[0]] = said[1]
+            if said[0].startswith(CONTENT) and not self.check(keys):
+                raise LinkBroken("the other end has not opened its side")
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of them have been set."""
+        return all(key in self._known for key in keys)
+
+    def agree(self, rank: int, mine: bool) -> bool:
+        """Whether both ends are content. After this the connection carries other things."""
+        self.set(f"{CONTENT}{rank}", b"\1" if mine else b"")
+        both = bool(self.get(f"{CONTENT}{1 - rank}")) and mine
+        self._over = True
+        return both
+
+
+def pair_over(connection: socket.socket, kind: str, rank: int, device: torch.device) -> Channel:
+    """A process group of the two ends of `connection`, or the connection itself, where they cannot open one.
 
     Args:
         kind: GLOO or NCCL.
-        meet: the store where the two find each other.
         rank: 1 at the end that sends.
-        host: this end's address.
         device: where pages lie.
     """
+    meeting, pair = Meeting(connection), None
     try:
-        return _gloo(meet(), rank, host) if kind == GLOO else _nccl(meet(), rank, device)
+        pair = _gloo(meeting, rank, connection.getsockname()[0]) if kind == GLOO else _nccl(meeting, rank, device)
     except RuntimeError as error:
         log.warning("a %s link could not be opened, pages go through host memory: %s", kind, str(error).partition("\n")[0])
-        return None
+    if meeting.agree(rank, pair is not None):
+        return PairChannel(connection, meeting, pair, rank, device if kind == NCCL else torch.device("cpu"))
+    return HostChannel(connection)
 
 
 def _gloo(store: Any, rank: int, host: str) -> Any:
@@ -175,22 +227,18 @@ def _nccl(store: Any, rank: int, device: torch.device) -> Any:
     return pair
 
 
-_environment = threading.Lock()
+_one_at_a_time = threading.Lock()
 
 
 @contextlib.contextmanager
 def _blocking_wait() -> Iterator[None]:
-    """The setting is read when a group is made, and must not be in force for others."""
-    with _environment:
-        before = os.environ.get(BLOCKING_WAIT)
-        os.environ[BLOCKING_WAIT] = "1"
+    """Groups that are made inside of it have waits that block. It has to be told to torch in this way, and must not hold for others."""
+    with _one_at_a_time:
+        os.putenv("TORCH_NCCL_BLOCKING_WAIT", "1")
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[BLOCKING_WAIT]
-            else:
-                os.environ[BLOCKING_WAIT] = before
+            os.unsetenv("TORCH_NCCL_BLOCKING_WAIT")
 
 
 def _finish(part: Tensor) -> None:
@@ -201,6 +249,24 @@ def _finish(part: Tensor) -> None:
 
 def _bytes(part: Tensor) -> memoryview:
     return part.view(-1).view(torch.uint8).numpy().data
+
+
+def write_message(connection: socket.socket, message: bytes) -> None:
+    """A short one, as `read_message` reads it."""
+    connection.sendall(len(message).to_bytes(_LENGTH, "little") + message)
+
+
+def read_message(connection: socket.socket, timeout_s: float) -> bytes:
+    """A message, all of which has come within that time."""
+    until_s = time.monotonic() + timeout_s
+    head = bytearray(_LENGTH)
+    read_into(connection, head, until_s)
+    length = int.from_bytes(head, "little")
+    if length > MESSAGE_BYTES:
+        raise LinkBroken(f"a message of {length} bytes where at most {MESSAGE_BYTES} are due")
+    message = bytearray(length)
+    read_into(connection, message, until_s)
+    return bytes(message)
 
 
 def read_into(connection: socket.socket, buffer: bytearray | memoryview, until_s: float | None = None) -> None:

@@ -16,25 +16,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from .packing import packb, unpackb
-from .page_channel import GLOO, MEET_TIMEOUT, NCCL, Channel, HostChannel, LinkBroken, PairChannel, broken, dist, open_pair, read_into, shut
-from .rendezvous import address_of, own_address
+from .page_channel import GLOO, NCCL, Channel, HostChannel, LinkBroken, broken, pair_over, read_message, shut, write_message
+from .rendezvous import address_of
 from .strict_wire import pack, unpack
-
-T = TypeVar("T")
 
 HOST = "host"
 DIAL_TIMEOUT_S = 5.0
 ARRIVAL_TIMEOUT_S = 10.0  # until the other end has opened its side
-HELLO_BYTES = 1024
 MOST_STRANGERS = 64  # connections that have not said yet what they want, and as many whose link nobody has opened here yet
 ACCEPT_AGAIN_S = 0.1
-_LENGTH = 4
 
 
 class Hello(NamedTuple):
@@ -99,7 +94,7 @@ class Listener:
 
     def _greet(self, connection: socket.socket) -> None:
         try:
-            hello = unpack(Hello, _read_message(connection, DIAL_TIMEOUT_S))
+            hello = unpack(Hello, read_message(connection, DIAL_TIMEOUT_S))
         except (LinkBroken, OSError, ValueError):
             shut(connection)
             return
@@ -133,14 +128,10 @@ def dial(address: str, hello: Hello, device: torch.device) -> Channel:
     with broken(f"dialling {address}"):
         connection = socket.create_connection((host, int(port)), DIAL_TIMEOUT_S)
         with _shut_unless_opened(connection):
-            _write_message(connection, pack(hello))
-            if not _read_answer(connection, bool):
-                return HostChannel(connection)
-            meet = partial(_store, host, _read_answer(connection, int), False)
-            pair = open_pair(hello.kind, meet, 1, own_address(host, int(port)), device)
-            _write_message(connection, packb(pair is not None))
-            both = _read_answer(connection, bool)
-            return PairChannel(connection, pair, 1, _home(hello.kind, device)) if both else HostChannel(connection)
+            write_message(connection, pack(hello))
+            if _read_answer(connection):
+                return pair_over(connection, hello.kind, 1, device)
+            return HostChannel(connection)
 
 
 def kind_of(wanted: str, device: torch.device) -> str:
@@ -157,48 +148,14 @@ def _answer(connection: socket.socket, hello: Hello, device: torch.device) -> Ch
     """The receiving end: opens what the other end wants, or says that it will be the connection itself."""
     with _shut_unless_opened(connection):
         possible = hello.kind == GLOO or (hello.kind == NCCL and device.type == "cuda")
-        _write_message(connection, packb(possible))
-        if not possible:
-            return HostChannel(connection)
-        host = connection.getsockname()[0]
-        store = _store(host, 0, True)
-        _write_message(connection, packb(store.port))
-        pair = open_pair(hello.kind, lambda: store, 0, host, device)
-        both = _read_answer(connection, bool) and pair is not None
-        _write_message(connection, packb(both))
-        return PairChannel(connection, pair, 0, _home(hello.kind, device)) if both else HostChannel(connection)
+        write_message(connection, packb(possible))
+        return pair_over(connection, hello.kind, 0, device) if possible else HostChannel(connection)
 
 
-def _store(host: str, port: int, serves: bool) -> Any:
-    return dist.TCPStore(host, port, None, serves, MEET_TIMEOUT, wait_for_workers=False)
-
-
-def _home(kind: str, device: torch.device) -> torch.device:
-    """Where a pair's tensors have to lie."""
-    return device if kind == NCCL else torch.device("cpu")
-
-
-def _write_message(connection: socket.socket, message: bytes) -> None:
-    connection.sendall(len(message).to_bytes(_LENGTH, "little") + message)
-
-
-def _read_message(connection: socket.socket, timeout_s: float) -> bytes:
-    """A message, all of which has come within that time."""
-    until_s = time.monotonic() + timeout_s
-    head = bytearray(_LENGTH)
-    read_into(connection, head, until_s)
-    length = int.from_bytes(head, "little")
-    if length > HELLO_BYTES:
-        raise LinkBroken(f"a message of {length} bytes where at most {HELLO_BYTES} are due")
-    message = bytearray(length)
-    read_into(connection, message, until_s)
-    return bytes(message)
-
-
-def _read_answer(connection: socket.socket, kind: type[T]) -> T:
-    answer = unpackb(_read_message(connection, ARRIVAL_TIMEOUT_S))
-    if type(answer) is not kind:
-        raise LinkBroken(f"{answer!r:.40} is not of type {kind.__name__}")
+def _read_answer(connection: socket.socket) -> bool:
+    answer = unpackb(read_message(connection, ARRIVAL_TIMEOUT_S))
+    if type(answer) is not bool:
+        raise LinkBroken(f"{answer!r:.40} is no answer")
     return answer
 
 

@@ -29,7 +29,13 @@ def shares(kv_heads: int, source_tp: int, target_tp: int) -> tuple[Share, ...]:
     """Everything that travels, each head of each target rank once, by target and then by head.
 
     Of several source ranks that hold a head, those whose number is the target's, modulo the holders', send it: so they share the work.
+
+    Raises:
+        ValueError: heads are not cut into so many parts.
     """
+    for tp in (source_tp, target_tp):
+        if tp < 1 or (kv_heads % tp and tp % kv_heads):
+            raise ValueError(f"{kv_heads} KV heads do not divide by {tp} ranks")
     found: list[Share] = []
     for target in range(target_tp):
         wanted = heads_of(kv_heads, target, target_tp)

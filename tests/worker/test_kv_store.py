@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quire.worker import kv_store
 from quire.worker.kv_store import KVStore, PageShape, copy_with_kernel
 
 SHAPE = PageShape(kv_heads=2, layers=3, page_size=4, head_dim=8, dtype=torch.float32)
@@ -58,6 +59,22 @@ def test_a_page_that_is_read_and_written_is_no_work_for_the_kernel() -> None:
     assert torch.equal(store.pool[2], before[1])
     store.copy_pages([(0, 4)])
     assert seen == [[(0, 4)]]
+
+
+@pytest.mark.parametrize("staged_pages", [1, 2, 9])
+@pytest.mark.parametrize("single", [False, True])
+def test_some_heads_of_pages_are_packed_and_unpacked(staged_pages: int, single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_store, "STAGED_BYTES", staged_pages * SHAPE.page_bytes // 2)
+    store, other = numbered(8), KVStore(SHAPE, 8, "cpu")
+    store._kernel = other._kernel = copy_with_kernel
+    sent = list(store.parts((6, 0, 3), slice(1, 2), single))
+    assert [len(part) for part in sent] == ([1] * 3 if single else {1: [1] * 3, 2: [2, 1], 9: [3]}[staged_pages])
+    for part, landing in zip(sent, other.landings((1, 7, 2), slice(0, 1), single), strict=True):
+        assert part.is_contiguous()
+        landing.copy_(part)
+    assert torch.equal(other.pool[[1, 7, 2], 0], store.pool[[6, 0, 3], 1])
+    assert not other.pool[:, 1].any()
+    assert not other.pool[[0, 3, 4, 5, 6]].any()
 
 
 def test_pages_leave_and_come_back() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import socket
 import threading
 import time
@@ -14,7 +16,7 @@ import torch
 
 from quire.worker import page_channel, page_link, page_mover
 from quire.worker.kv_store import KVStore, PageShape
-from quire.worker.page_channel import LinkBroken
+from quire.worker.page_channel import Channel, LinkBroken
 from quire.worker.page_link import Hello, Listener, dial
 from quire.worker.page_mover import PageMover, Place
 from quire.worker.plan import LinkEnd, Move, Moved, MoveKind, StepPlan
@@ -162,6 +164,19 @@ def test_what_is_damaged_in_host_memory_is_found_when_moves_are_verified() -> No
         assert "differ" in moved.error
 
 
+def test_whatever_goes_wrong_a_move_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with replicas((2, 1), (2, 1)) as (source, target):
+        source.start(plan(Move(0, MoveKind.OUT, (PAGES,), (0,))))  # there is no such page
+        assert source.ended()[0].error is not None
+        wrong = LinkEnd("wrong", 2, target.addresses())  # two ranks, one address
+        source.start(plan(Move(1, MoveKind.SEND, (1,), (), "wrong"), links=(wrong,)))
+        assert "1 addresses of 2 ranks" in (source.ended()[0].error or "")
+        target.start(plan(Move(1, MoveKind.RECEIVE, (1,), (), "odd"), links=(LinkEnd("odd", 3, ()),)))
+        assert "3 ranks" in (target.ended()[0].error or "")
+        source.start(plan(Move(2, MoveKind.OUT, (1,), (0,))))  # and copies go on
+        assert source.ended()[0].error is None
+
+
 def test_a_move_has_ended_when_it_has_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     with replicas((2, 2)) as (one,):
         gate = threading.Event()
@@ -221,15 +236,27 @@ def test_every_head_of_every_page_arrives(kv_heads: int, source_tp: int, target_
         assert torch.equal(target.page(0), before)  # there was room for it, and it did not come
 
 
-def test_what_cannot_be_opened_goes_over_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_link, "open_pair", lambda *_: None)
-    for kind in ("gloo", "nccl"):
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
+def test_what_cannot_be_opened_goes_over_the_connection(failing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    gloo, tried = page_channel._gloo, []
+
+    def some(store: Any, rank: int, host: str) -> Any:
+        tried.append(rank)
+        if rank in failing:
+            raise RuntimeError("no")
+        return gloo(store, rank, host)
+
+    monkeypatch.setattr(page_channel, "_gloo", some)
+    for kind in ("gloo", "nccl"):  # pages on a CPU cannot travel over NCCL
         with replicas((2, 1), (2, 1), link_kind=kind) as (source, target):
+            began_s = time.monotonic()
             connect(source, target)
             target.start(plan(Move(0, MoveKind.RECEIVE, (5,), (), "r/0/nonce")))
             source.start(plan(Move(0, MoveKind.SEND, (1,), (), "r/0/nonce")))
             assert target.ended()[0].error is None
             assert torch.equal(target.page(5), source.page(1))
+            assert time.monotonic() - began_s < page_channel.MEET_TIMEOUT.total_seconds()  # neither waits for what will not come
+    assert sorted(tried) == [0, 1]
 
 
 def test_links_do_not_wait_for_each_other() -> None:
@@ -286,6 +313,38 @@ def test_more_pages_than_there_is_room_for_are_refused() -> None:
         assert error is not None
         assert "room for 1" in error
         assert torch.equal(target.ranks[0].kv.pool, before)
+        source.ended()  # it may all have gone into the connection's buffer
+        began_s = time.monotonic()
+        source.start(plan(Move(1, MoveKind.SEND, (1, 2), (), "r/0/nonce")))
+        source.start(plan(Move(2, MoveKind.SEND, (1, 2), (), "r/0/nonce")))
+        assert source.ended(2)[1].error is not None  # nobody reads any more, which the other end hears at once
+        assert time.monotonic() - began_s < page_channel.TRANSFER_TIMEOUT_S / 2
+
+
+def held() -> int:
+    """Threads and file descriptors of this process."""
+    return len(os.listdir("/proc/self/task")) + len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("kind", ["host", "gloo"])
+def test_a_link_that_was_closed_leaves_nothing_behind(kind: str) -> None:
+    with replicas((2, 1), (2, 1), link_kind=kind) as (source, target):
+        before = held()
+        for i in range(5):
+            name = f"r/{i}"
+            connect(source, target, name)
+            target.start(plan(Move(i, MoveKind.RECEIVE, (5,), (), name)))
+            source.start(plan(Move(i, MoveKind.SEND, (1,), (), name)))
+            assert target.ended()[0].error is None
+            assert source.ended()[0].error is None
+            for replica in (source, target):
+                replica.start(plan(closed=(name,)))
+                replica.start(plan(Move(10 + i, MoveKind.SEND, (1,), (), name)))  # there is no such link any more
+                assert replica.ended()[0].error is not None
+        until_s = time.monotonic() + WAIT_S
+        while held() > before + 3:  # torch may keep a thread or two of its own, but not for every link
+            assert time.monotonic() < until_s, (before, held())
+            time.sleep(0.01)
 
 
 def test_a_link_that_nobody_opens_or_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +356,41 @@ def test_a_link_that_nobody_opens_or_that_is_not_there_is_an_error(monkeypatch: 
         assert "no link" in errors[1]
         source.start(plan(Move(0, MoveKind.SEND, (1,), (), "x"), links=(LinkEnd("x", 1, target.addresses()),)))  # nobody expects it
         assert source.ended()[0].error is not None
+
+
+def test_a_stranger_that_dawdles_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_link, "DIAL_TIMEOUT_S", 0.3)
+    listener = Listener(listen(LOOPBACK), CPU)
+    host, port = listener.address.split(":")
+    with socket.create_connection((host, int(port)), WAIT_S) as stranger:
+        stranger.sendall(b"\x80\0\0\0")  # 128 bytes come, one every now and then
+        until_s = time.monotonic() + WAIT_S
+        sent = 0
+        with suppress(ConnectionError):
+            while time.monotonic() < until_s:
+                sent += stranger.send(b"\0")
+                time.sleep(0.05)
+        assert sent < 128
+    listener.close()
+
+
+def test_a_connection_that_cannot_be_taken_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener(listen(LOOPBACK), CPU)
+    accept, failures = socket.socket.accept, [OSError("too many open files")]
+
+    def failing(self: socket.socket) -> tuple[socket.socket, Any]:
+        if failures:
+            raise failures.pop()
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    for link in ("a", "b"):  # the listener waits for the first one already
+        dialled: queue.Queue[Channel] = queue.Queue()
+        threading.Thread(target=lambda link=link, to=dialled: to.put(dial(listener.address, Hello(link, 0, 0, "host"), CPU))).start()
+        listener.accept(link, 0, 0).close()
+        dialled.get(timeout=WAIT_S).close()
+    assert not failures
+    listener.close()
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x05\x00\x00\x00\xc1\xc1\xc1\xc1\xc1", b"\xff\xff\xff\x7f"])
