@@ -17,7 +17,8 @@ from .berth import Berth, Unfit
 from .cargo import Cargo, PrefixCargo, RequestCargo
 from .config import MigrationOptions
 from .engine import Engine
-from .migration import Budget, DestinationMigration, Shipping, SourceMigration
+from .migration import Budget, Shipping, SourceMigration
+from .migration_destination import DestinationMigration
 from .migration_wire import (
     Abort,
     Accept,

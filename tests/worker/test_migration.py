@@ -6,7 +6,8 @@ import pytest
 from migration_world import PAGE, Trouble, World, assert_idle
 
 from quire.worker.config import MigrationOptions
-from quire.worker.migration import LEASE_S, Destination, Source
+from quire.worker.migration import LEASE_S, Source
+from quire.worker.migration_destination import Destination
 from quire.worker.migration_wire import Accept, Commit, Committed, Offer, Outcome, Pages, Ready
 
 PROMPT = list(range(1, 11))
