@@ -6,11 +6,13 @@ tokens each. Where a token differs, transformers' own logits must have a tie the
 `generate` takes longer than all the tests, so its answers are on record, and only a few of them are asked for again here.
 """
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from same_tokens_reference import NEW_TOKENS, QUESTIONS, Reference, prompts_of, recorded
+from test_swapping import swap_at_random
 
 from quire import LLM, SamplingParams
 
@@ -94,3 +96,22 @@ def test_with_preemption(reference, prompts, expected):
     assert stats.preemptions["recompute"] > 0
     assert stats.recomputed_tokens > 0
     assert stats.pages_active == 0
+
+
+def test_with_sequences_swapped_out_at_random(reference, prompts, expected):
+    """Each running sequence leaves for host memory every thirty steps or so, and comes back."""
+    llm = engine(prefix_cache=False, kv_pages=200, preemption="swap", host_memory="2GiB", verify_moves=True)
+    draw, step = random.Random(0), llm.engine.step
+
+    def disturbed():
+        swap_at_random(llm.engine, draw, 0.03)
+        return step()
+
+    llm.engine.step = disturbed
+    some = [*range(12), QUESTIONS]  # one of them a long context
+    prompts, expected = [prompts[i] for i in some], [expected[i] for i in some]
+    ties(reference, prompts, generate(llm, prompts, len(prompts)), expected, "swapped")
+    stats = llm.stats()
+    assert stats.moved_bytes["in"] > 0
+    assert stats.recomputed_tokens == 0
+    assert stats.pages_active == stats.host_pages_active == 0

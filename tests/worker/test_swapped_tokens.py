@@ -38,13 +38,15 @@ def serve(served: Engine, requests: int, often: float) -> dict[tuple[str, int], 
     return {key: tokens(some) for key, some in outputs.items()}
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_text_is_the_same_when_sequences_are_swapped_at_random(model: Path, prefix_cache: bool) -> None:
-    undisturbed = serve(engine(model, kv_pages=200, page_size=8, prefix_cache=prefix_cache), 60, 0.0)
-    options = {"page_size": 8, "max_batch_tokens": 48, "prefix_cache": prefix_cache, "host_memory": "16MiB"}
+@pytest.mark.parametrize(
+    ("requests", "prefix_cache"), [(60, True), (60, False), pytest.param(500, True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_text_is_the_same_when_sequences_are_swapped_at_random(model: Path, requests: int, prefix_cache: bool) -> None:
+    undisturbed = serve(engine(model, kv_pages=200, page_size=8, prefix_cache=prefix_cache), requests, 0.0)
+    options = {"page_size": 8, "max_batch_tokens": 48, "prefix_cache": prefix_cache, "host_memory": "16MiB", "verify_moves": True}
     for preemption, kv_pages in (("swap", 30), ("decide", 60)):
         swapped = engine(model, kv_pages=kv_pages, preemption=preemption, **options)
-        assert serve(swapped, 60, 0.05) == undisturbed
+        assert serve(swapped, requests, 0.05) == undisturbed
         stats = swapped.stats()
         assert stats.moved_bytes["out"] > 0
         assert stats.moved_bytes["in"] > 0
