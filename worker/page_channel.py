@@ -222,8 +222,9 @@ def _nccl(store: Any, rank: int, device: torch.device) -> Any:
     options._timeout = timedelta(seconds=TRANSFER_TIMEOUT_S)
     with _blocking_wait():
         pair = dist.ProcessGroupNCCL(store, rank, 2, options)
-    nothing = torch.zeros(1, device=f"cuda:{index}")
-    (pair.send if rank else pair.recv)([nothing], 1 - rank, 0).wait()
+    with torch.cuda.stream(torch.cuda.Stream(index)):  # type: ignore[no-untyped-call]
+        nothing = torch.zeros(1, device=f"cuda:{index}")
+        (pair.send if rank else pair.recv)([nothing], 1 - rank, 0).wait()  # makes its stream wait, too, which must not be that of the steps
     return pair
 
 
