@@ -51,10 +51,9 @@ class KVStore:
         self.shape = shape
         self.num_pages = num_pages
         self.pool = _zeros((num_pages, *shape.dims), shape.dtype, torch.device(device))
-        if self.pool.device.type == "cuda":
-            self.host = torch.zeros((host_pages, *shape.dims), dtype=shape.dtype, pin_memory=host_pages > 0)
-        else:
-            self.host = _zeros((host_pages, *shape.dims), shape.dtype, torch.device("cpu"))
+        self.host = _zeros((host_pages, *shape.dims), shape.dtype, torch.device("cpu"))
+        if self.pool.device.type == "cuda" and host_pages:
+            _pin(self.host)
         self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
         self._kernel = copy_with_kernel if self.pool.is_cuda and find_spec("triton") else None
 
@@ -199,6 +198,17 @@ def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int,
         if i == len(sources) or sources[i] != sources[i - 1] + 1 or targets[i] != targets[i - 1] + 1:
             yield sources[first], targets[first], i - first
             first = i
+
+
+def _pin(memory: Tensor) -> None:
+    """Lock host memory in its place, so that a GPU reaches it. What torch pins by itself it rounds up to a power of two bytes.
+
+    Raises:
+        RuntimeError: so much may not be locked.
+    """
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
+    if code:
+        raise RuntimeError(f"host_memory: {memory.nbytes} bytes of host memory cannot be locked for the GPU (CUDA error {code})")
 
 
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -77,6 +77,7 @@ class Lane:
         except Exception as error:
             log.debug("opening failed", exc_info=True)
             self._failure = self._failure or _said(error)
+            self._work.stop()
         while (job := self._queue.get()) is not None:
             self._carry(*job)
         self._work.close()
