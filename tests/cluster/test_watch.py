@@ -49,7 +49,7 @@ class Actor:
         if self.fault is not None:
             raise self.fault
         whole = {"replica_id": NAME.replica_id, "epoch": NAME.epoch, "pid": 7 + self.rank, "node": "n", "rank": self.rank}
-        return {**whole, "loaded": 0, "to_load": 0, "phases": {}, "stats": None, **self.fields}
+        return {**whole, "loaded": 0, "to_load": 0, "phases": {}, "stats": None, "draining": False, **self.fields}
 
     async def _events(self, after: int | None, wait_s: float) -> bytes:
         self.asked.append(after)
