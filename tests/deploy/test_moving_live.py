@@ -91,7 +91,8 @@ def test_streams_that_move_notice_nothing(tmp_path: Path, capsys: pytest.Capture
         assert moved["pages"] > 0
         assert moved["bytes"] > 0
         assert moved["downtime_ms"] > 0
-        here = [reader for reader in readers if place(reader) == to]
+        places = {row["id"]: row["replica"] for row in server.status()["requests"]}
+        here = [reader for reader in readers if places.get(reader.request_id) == to]
         status, drained = quire("drain", to)
         assert (status, drained["state"], drained["requests"]) == (0, "drained", 0)
         assert 0 < drained["moved"] <= len(here)

@@ -54,7 +54,7 @@ def test_a_replica_whose_step_hangs_dies() -> None:
         run = engine.runner.run
         engine.runner.run = lambda plan: go_on.wait(WAIT_S) and run(plan)  # type: ignore[method-assign]
         options = EngineOptions(parallel=ParallelOptions(step_timeout_s=0.2))
-        actor = ReplicaActor("r0", 1, options, b"key", build=lambda *args: engine, die=codes.put)
+        actor = ReplicaActor("r0", 1, options, b"key", build=lambda *_, **__: engine, die=codes.put)
         while not (await actor.report())["info"]:  # noqa: ASYNC110 (another thread builds it)
             await asyncio.sleep(0.005)
         frames = actor.frames("i")
@@ -86,8 +86,12 @@ def test_a_follower_whose_step_hangs_is_noticed_and_one_that_waits_for_a_plan_is
         def run(self, plan: StepPlan, sampled: tuple[int, ...]) -> None:
             runs.get(timeout=WAIT_S).wait(WAIT_S)
 
+        def close(self) -> None:
+            self.closed = True
+
     group = Group()
-    follower = Follower(group, Runner())  # type: ignore[arg-type]
+    runner = Runner()
+    follower = Follower(group, runner)  # type: ignore[arg-type]
     thread = threading.Thread(target=follower.follow)
     thread.start()
     Watchdog(0.2, follower.step_s, said.put)
@@ -104,3 +108,4 @@ def test_a_follower_whose_step_hangs_is_noticed_and_one_that_waits_for_a_plan_is
     plans.put(pack_end())
     thread.join(WAIT_S)
     assert group.closed
+    assert runner.closed
