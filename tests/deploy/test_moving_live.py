@@ -17,7 +17,7 @@ from quire.deploy import cli
 
 WAIT_S = 120.0
 STREAMS = 12
-TOKENS = 700
+TOKENS = 2000
 
 
 class Reader:
@@ -68,7 +68,7 @@ def start(url: str) -> list[Reader]:
 @pytest.mark.slow
 def test_streams_that_move_notice_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_model(tmp_path / "model")
-    flags = ["--model", str(tmp_path / "model"), "--kv-pages", "512", "--replicas", "3", "--no-rebalance"]
+    flags = ["--model", str(tmp_path / "model"), "--kv-pages", "1024", "--replicas", "3", "--no-rebalance"]
     with Serve(tmp_path / "log", *flags) as server:
         server.wait_ready()
         admin = re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
