@@ -70,11 +70,7 @@ class Roster:
 
     def add(self, request: Request) -> None:
         """Queue the sequences of a request. Those with a leader follow it until its prompt is computed."""
-        self._requests[request.request_id] = request
-        if request.deadline_s is not None:
-            self._expiring[request.request_id] = request.deadline_s
-            self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
-        self.pool.events.started(request.request_id, request.tenant)
+        self._enlist(request)
         for s in request.sequences.values():
             self._sequences[s.seq] = s
             if s.resumed:
@@ -87,6 +83,14 @@ class Roster:
             else:
                 s.state = State.FOLLOWING
                 s.leader.followers.append(s)
+
+    def _enlist(self, request: Request) -> None:
+        """It lives here from now on."""
+        self._requests[request.request_id] = request
+        if request.deadline_s is not None:
+            self._expiring[request.request_id] = request.deadline_s
+            self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
+        self.pool.events.started(request.request_id, request.tenant)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[SequenceOutput]:
         """End a request (or one choice of it); its terminal outputs. Unknown or ended ones give none."""

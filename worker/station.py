@@ -79,11 +79,7 @@ class Station(Swapping):
 
         Nothing is counted as prompt or output here: that was done where it was computed.
         """
-        self._requests[request.request_id] = request
-        if request.deadline_s is not None:
-            self._expiring[request.request_id] = request.deadline_s
-            self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
-        self.pool.events.started(request.request_id, request.tenant)
+        self._enlist(request)
         for s in request.sequences.values():
             self._sequences[s.seq] = s
             if s.choice in placed:
