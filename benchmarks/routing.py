@@ -1,17 +1,17 @@
 """The routing policies against each other: recorded sessions on four real replicas, the same requests under each policy.
 
-    python benchmarks/routing.py                               all four policies, twice: about 15 minutes on two cores
+    python benchmarks/routing.py                               all four policies: about 17 minutes on two cores
     python benchmarks/routing.py --policies cost --one-session-in 120    a first look
 
-The requests are sessions of Mooncake's conversation trace (one in 30, whole; kvcache-ai/Mooncake, FAST25-release/traces), with lengths
+The requests are sessions of Mooncake's conversation trace (one in 40, whole; kvcache-ai/Mooncake, FAST25-release/traces), with lengths
 divided by 16: a 512-token block of the trace is one 32-token page here. Requests beyond 2,048 tokens are left out. The hour of the trace
 is compressed so that requests arrive at 70 % of the rate that the replicas keep up with when nothing is reused, which a closed loop
 without common prefixes measures first; under each policy it runs first, as a warm-up. The model is a Llama with random weights, large
 enough that prefill, and not the way there, is what a first token waits for (8 layers, hidden size 512). Each replica has one thread, and
-512 pages: a seventh of the 3,450 that the sessions' prompts fill.
+512 pages: a fraction of what the sessions' prompts fill.
 
-Quire is started anew for each policy, and all policies run twice, the second time in reverse order, because a shared machine is not
-the same from minute to minute; the rate without reuse, which every run prints, shows by how much. TTFT is seen by the client; the hit
+Quire is started anew for each policy. A shared machine is not the same from minute to minute; the rate without reuse, which every run
+prints, shows by how much, and `--rounds 2` runs all policies again, in reverse order. TTFT is seen by the client; the hit
 rate is cached prompt tokens over prompt tokens, as the server's `usage` says. The goal: `cost` has the lowest TTFT, p50 and p99.
 """
 
@@ -149,10 +149,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, default=data / "traces" / "mooncake_conversation_trace.jsonl.gz")
     parser.add_argument("--policies", nargs="+", choices=sorted(POLICIES), default=["round_robin", "power_of_two", "least_loaded", "cost"])
-    parser.add_argument("--rounds", type=int, default=2, help="of all policies, every other one in reverse order")
+    parser.add_argument("--rounds", type=int, default=1, help="of all policies, every other one in reverse order")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--kv-pages", type=int, default=512, help="of each replica")
-    parser.add_argument("--one-session-in", type=int, default=30, help="which excerpt of the trace")
+    parser.add_argument("--one-session-in", type=int, default=40, help="which excerpt of the trace")
     parser.add_argument("--load", type=float, default=LOAD, help="arrivals, as a share of what is kept up with when nothing is reused")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=results / "routing.json")
