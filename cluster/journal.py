@@ -245,7 +245,7 @@ class Journal:
         """The word of the owner."""
         lost_track = output.finish is FinishReason.ABORT or (output.finish is FinishReason.MOVED and output.peer is None)
         if lost_track and output.choice in self._live:
-            return self.lost(owner, f"{owner.replica_id} gave it up", now_s)
+            return self.lost(owner, f"{owner.replica_id} gave it up", now_s, died=False)
         have = self._live.get(output.choice)
         if have is None:
             return self._stale(owner, output, output.choice)

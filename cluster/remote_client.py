@@ -67,7 +67,9 @@ class ControllerPort(Protocol):
 class ReplicaPort(Protocol):
     """One life of one replica. Calls raise ReplicaLost when it does not answer in time, or no longer is that life."""
 
-    def frames(self, connection: str) -> AsyncGenerator[list[bytes], None]: ...
+    def frames(self, connection: str) -> AsyncGenerator[list[bytes], None]:
+        """They end, without an error, when the replica has given the reader up."""
+        ...
 
     async def submit(self, connection: str, data: bytes) -> None:
         """Raises BadRequest and Overloaded, too. After a ReplicaLost the request may run all the same."""
@@ -321,7 +323,7 @@ class RemoteEngineClient:
         link.pull = asyncio.create_task(self._pull(owner, link))
 
     async def _pull(self, owner: Owner, link: _Link) -> None:
-        reason = f"{owner.replica_id} is gone"
+        reason, died = f"{owner.replica_id} is gone", True
         try:
             async with aclosing(link.port.frames(link.connection)) as frames:
                 async for some in frames:
@@ -331,13 +333,14 @@ class RemoteEngineClient:
                         link.ready = True
                         async with self._changed:
                             self._changed.notify_all()
+            reason, died = f"{owner.replica_id} has given this reader up", False
         except ReplicaLost as error:
             reason = str(error)
         finally:
             log.info("the frames of %s have ended: %s", owner.replica_id, reason)
             del self._links[owner]
             self._ended.append(owner)
-            self._do(self._table.drop(link.connection, reason, self._clock()))
+            self._do(self._table.drop(link.connection, reason, self._clock(), died))
             async with self._changed:
                 self._changed.notify_all()
 

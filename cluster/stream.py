@@ -85,15 +85,16 @@ class StreamTable:
                 commands.append(Abort(known.owner, output.request_id, output.attempt, None))
         return [c for c in commands if not isinstance(c, Abort) or self._is_due(c, now_s)]
 
-    def drop(self, connection: str, reason: str, now_s: float) -> list[Command]:
+    def drop(self, connection: str, reason: str, now_s: float, died: bool = True) -> list[Command]:
         """The frame stream has ended: what its owner was running must go on elsewhere.
 
-        That is a death of the owner, as far as can be known, unless frames are missing or none ever came.
+        Args:
+            died: the owner has, as far as can be known. It has not if frames are missing, or none ever came.
         """
         known = self._connections.pop(connection, None)
         if known is None:
             return []
-        died = known.next_frame > 0 and not known.gap
+        died = died and known.next_frame > 0 and not known.gap
         self._stats.pop(known.owner.replica_id, None)
         commands: list[Command] = []
         for journal in list(self._journals.values()):

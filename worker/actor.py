@@ -29,7 +29,7 @@ from .engine_loop import EngineLoop
 from .logs import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the other actors take it from here)
 from .migration_wire import Peer
 from .migrator import Mail
-from .outbox import Outbox
+from .outbox import Outbox, ReaderGivenUp
 from .plan import MemoryBytes
 from .post import Post
 from .protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, QuireError, ReplicaLost, pack_events
@@ -285,10 +285,10 @@ class ReplicaActor:
     async def frames(self, connection: str) -> AsyncGenerator[list[bytes], None]:
         """The frames for one connection, from number 0 on, for as long as it is read; several at once when the reader is slow.
 
-        When the reading ends, the connection's requests are aborted.
+        When the reading ends, the connection's requests are aborted. They end by themselves when the reader was given up (`Outbox`).
 
         Raises:
-            ReplicaLost: the engine is not ready or died, the name is in use, or the reader was given up (`Outbox`).
+            ReplicaLost: the engine is not ready or died, or the name is in use.
         """
         if self._loop is None or connection in self._outboxes:
             raise ReplicaLost(f"{self._replica_id} cannot serve connection {connection}")
@@ -301,6 +301,8 @@ class ReplicaActor:
                 if self._failure is not None:
                     raise ReplicaLost(self._failure)
                 yield await outbox.take(FRAME_TIMEOUT_S)
+        except ReaderGivenUp as reason:
+            log.warning("connection %s is given up: %s", connection, reason)
         finally:
             leave()
             del self._outboxes[connection]

@@ -16,6 +16,10 @@ MAX_BYTES = 64 * 2**20
 LEASE_S = 15.0
 
 
+class ReaderGivenUp(Exception):
+    """The ingress reads too slowly, or has not renewed its lease; the replica goes on without it."""
+
+
 class Outbox:
     """Written by one thread, read by one coroutine.
 
@@ -43,7 +47,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._frames: list[bytes] = []
         self._bytes = 0
-        self._lost: str | None = None
+        self._end: Exception | None = None
         self._filled = asyncio.Event()
         self.renew()
 
@@ -55,7 +59,7 @@ class Outbox:
         """Takes a frame, on the engine thread. Never blocks."""
         late_s = self._clock() - self._renewed_s
         with self._lock:
-            if self._lost is not None:
+            if self._end is not None:
                 return
             if self._bytes + len(frame) > self._max_bytes:
                 reason = f"more than {self._max_bytes} bytes of frames lie unread"
@@ -67,13 +71,16 @@ class Outbox:
                 if len(self._frames) == 1:
                     self._wake()
                 return
-        self.close(reason)
+        self._close(ReaderGivenUp(reason))
         self._give_up()
 
     def close(self, reason: str) -> None:
-        """Nothing more will come: `take` raises. From any thread."""
+        """The replica is gone: `take` raises ReplicaLost. From any thread."""
+        self._close(ReplicaLost(reason))
+
+    def _close(self, end: Exception) -> None:
         with self._lock:
-            self._lost = self._lost or reason
+            self._end = self._end or end
             self._frames.clear()
             self._bytes = 0
             self._wake()
@@ -83,14 +90,15 @@ class Outbox:
 
         Raises:
             ReplicaLost: the outbox was closed.
+            ReaderGivenUp: see there.
             TimeoutError: no frame came.
         """
         async with asyncio.timeout(timeout_s):
             await self._filled.wait()
         with self._lock:
             self._filled.clear()
-            if self._lost is not None:
-                raise ReplicaLost(self._lost)
+            if self._end is not None:
+                raise self._end
             frames, self._frames, self._bytes = self._frames, [], 0
         return frames
 

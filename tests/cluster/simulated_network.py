@@ -151,16 +151,17 @@ class Channel:
     def __init__(self, net: Net, sender: Process, to: Process) -> None:
         self._net, self._sender, self._to = net, sender, to
         self._last_s = 0.0
-        self.items: asyncio.Queue[list[bytes] | str] = asyncio.Queue()
+        self.items: asyncio.Queue[list[bytes] | str | None] = asyncio.Queue()
         self.left = False
 
     def put(self, frames: list[bytes]) -> None:
         for delay_s in self._net.delays(self._to, self._sender):
             self._deliver(delay_s, frames)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str | None) -> None:
+        """`reason`: what it dies of; None: the reader was given up."""
         self._deliver(0.01, reason)
 
-    def _deliver(self, delay_s: float, item: list[bytes] | str) -> None:
+    def _deliver(self, delay_s: float, item: list[bytes] | str | None) -> None:
         self._last_s = max(self._last_s + 1e-6, self._net.loop.time() + delay_s)
         self._net.loop.call_at(self._last_s, self.items.put_nowait, item)

@@ -21,7 +21,7 @@ from quire.worker.config import MigrationOptions
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.migration_wire import Peer
 from quire.worker.migrator import Mail
-from quire.worker.outbox import Outbox
+from quire.worker.outbox import Outbox, ReaderGivenUp
 from quire.worker.plan import StepPlan, StepResult
 from quire.worker.protocol import EventFrame, GenerateRequest, QuireError, ReplicaLost, pack_events, unpack_events
 
@@ -177,6 +177,8 @@ class Replica(Process):
         try:
             while True:
                 channel.put(await outbox.take(600.0))
+        except ReaderGivenUp:
+            channel.end(None)
         except ReplicaLost as error:
             channel.end(str(error))
 
@@ -374,6 +376,8 @@ class ReplicaLink:
         try:
             while True:
                 item = await channel.items.get()
+                if item is None:
+                    return
                 if isinstance(item, str):
                     raise ReplicaLost(item)
                 yield item

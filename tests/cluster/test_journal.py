@@ -217,6 +217,7 @@ def test_a_deadline_that_passes_in_the_replicas_queue() -> None:
 def test_a_replica_that_gives_it_up_counts_as_lost() -> None:
     j = running()
     assert [type(c) for c in j.take(A, out(0, finish=FinishReason.ABORT), 1.0)] == [Lost, Ask]
+    assert j.deaths == 0
 
 
 @pytest.mark.parametrize("when", ["asking", "sending", "running"])

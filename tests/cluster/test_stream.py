@@ -156,7 +156,7 @@ def test_a_request_id_is_unique_among_live_requests(ingress: Ingress) -> None:
     ingress.open()
 
 
-def test_missing_frames_and_a_connection_without_any_are_no_death(ingress: Ingress) -> None:
+def test_missing_frames_a_reader_given_up_and_a_connection_without_frames_are_no_death(ingress: Ingress) -> None:
     journal = ingress.open()
     ingress.table.drop("c", "never came up", 100.0)
     assert journal.deaths == 0
@@ -170,7 +170,12 @@ def test_missing_frames_and_a_connection_without_any_are_no_death(ingress: Ingre
     journal.routed(2, Route(*ONE), 100.0)
     ingress.table.connect("e", ONE)
     ingress.table.feed("e", pack_frame(Frame(*ONE, 0, ())), 100.0)
-    ingress.table.drop("e", "it died", 100.0)
+    ingress.table.drop("e", "the lease was not renewed", 100.0, died=False)
+    assert journal.deaths == 0
+    journal.routed(3, Route(*ONE), 100.0)
+    ingress.table.connect("f", ONE)
+    ingress.table.feed("f", pack_frame(Frame(*ONE, 0, ())), 100.0)
+    ingress.table.drop("f", "it died", 100.0)
     assert journal.deaths == 1
 
 

@@ -14,7 +14,7 @@ from paged_memory import expected_output, hash_engine
 
 from quire.worker.actor import ReplicaActor, raise_reply, reply_to
 from quire.worker.config import EngineOptions
-from quire.worker.outbox import Outbox
+from quire.worker.outbox import Outbox, ReaderGivenUp
 from quire.worker.protocol import (
     BadRequest,
     DeadlineExceeded,
@@ -249,7 +249,7 @@ def test_a_reader_that_falls_too_far_behind_is_given_up_once() -> None:
         outbox.put(b"1")
         outbox.put(b"1")
         assert given_up == [1]
-        with pytest.raises(ReplicaLost, match="more than 10 bytes"):
+        with pytest.raises(ReaderGivenUp, match="more than 10 bytes"):
             await outbox.take(WAIT_S)
 
     run(scenario)
@@ -268,7 +268,7 @@ def test_a_reader_that_does_not_renew_its_lease_is_given_up() -> None:
         clock.now_s = 20
         outbox.put(b"2")
         assert given_up == [1]
-        with pytest.raises(ReplicaLost, match=r"not renewed for 11\.0 s"):
+        with pytest.raises(ReaderGivenUp, match=r"not renewed for 11\.0 s"):
             await outbox.take(WAIT_S)
 
     run(scenario)
