@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...worker.logs import LEVELS
-from .arguments import CommandError
+from .arguments import CommandError, positive_float
 
 if TYPE_CHECKING:
     from ..load.http import Server
@@ -29,9 +31,12 @@ def add_parsers(commands: Any, token: str | None) -> None:
     migrate.add_argument("request", metavar="REQUEST", help="its id, as `quire status` shows it")
     migrate.add_argument("--to", required=True, metavar="REPLICA", help="where it goes on")
     drain = _parser(commands, "drain", "empty a replica: it takes nothing new, and its streams go on elsewhere", token, run_drain)
-    drain.add_argument("replica", metavar="REPLICA", help="its id, as `quire status` shows it")
+    which = drain.add_mutually_exclusive_group(required=True)
+    which.add_argument("replica", metavar="REPLICA", nargs="?", help="its id, as `quire status` shows it")
+    which.add_argument("--node", metavar="NAME", help="every replica that has a rank on this machine, as `quire status` shows it")
     drain.add_argument("--undo", action="store_true", help="let it take requests again")
     drain.add_argument("--no-wait", action="store_true", help="do not wait until it is empty")
+    drain.add_argument("--wait-s", type=positive_float, default=math.inf, metavar="SECONDS", help="wait no longer than this")
     rebalance = _parser(commands, "rebalance", "move running requests to where there is room, once, now", token, run_rebalance)
     for command in (migrate, drain, rebalance):
         command.add_argument("--json", action="store_true", help="as JSON")
@@ -77,21 +82,43 @@ def run_migrate(args: argparse.Namespace) -> int:
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    """0 when it is empty, or need not be waited for."""
+    """0 when it is empty, or need not be waited for; with --node, when all there are."""
+    deadline_s = time.monotonic() + args.wait_s
+    replicas = [args.replica] if args.node is None else _ready_on(args)
+    waits = not (args.no_wait or args.undo)
+    if len(replicas) > 1 and waits:  # none of them may take what another sheds
+        for replica in replicas:
+            _drain(args, replica, 0.0)
+    drains = []
+    for replica in replicas:
+        drain = _drain(args, replica, min(_WAIT_S, args.wait_s) if waits else 0.0)
+        while waits and drain["state"] == "draining" and (left_s := deadline_s - time.monotonic()) > 0:
+            drain = _drain(args, replica, min(_WAIT_S, left_s))
+        drains.append({"outcome": drain["state"], **drain})
+    if args.json:
+        print(json.dumps(drains[0] if args.node is None else drains, indent=2))
+    else:
+        print("\n".join(map(_drain_line, drains)) or f"no replica to drain on {args.node}")
+    wanted = {"drained"} | ({"ready"} if args.undo else set()) | ({"draining"} if args.no_wait else set())
+    return 0 if all(drain["state"] in wanted for drain in drains) else 1
+
+
+def _ready_on(args: argparse.Namespace) -> list[str]:
+    """Those that have a rank on the machine and can be drained: one that starts, or has died, holds nothing."""
+    replicas = ask(args, "/admin/status")["replicas"]
+    drainable = ("ready", "draining", "drained")
+    return [r["id"] for r in replicas if r["state"] in drainable and any(rank["node"] == args.node for rank in r["ranks"])]
+
+
+def _drain(args: argparse.Namespace, replica: str, wait_s: float) -> dict[str, Any]:
     from urllib.parse import quote
 
-    body = {"undo": args.undo, "wait_s": 0.0 if args.no_wait or args.undo else _WAIT_S}
-    while True:
-        drain = ask(args, f"/admin/replicas/{quote(args.replica, safe='')}/drain", body)
-        if drain["state"] != "draining" or args.no_wait:
-            break
-    done = drain["state"] in ("drained", "ready" if args.undo else "draining")
-    if args.json:
-        print(json.dumps({"outcome": drain["state"], **drain}, indent=2))
-    else:
-        cost = f"{drain['moved']} requests moved ({drain['pages']} pages, {drain['bytes']} bytes), {drain['requests']} left"
-        print(f"{drain['replica']} is {drain['state']}: {cost}; the longest pause was {drain['downtime_ms']:.1f} ms")
-    return 0 if done else 1
+    return ask(args, f"/admin/replicas/{quote(replica, safe='')}/drain", {"undo": args.undo, "wait_s": wait_s})
+
+
+def _drain_line(drain: dict[str, Any]) -> str:
+    cost = f"{drain['moved']} requests moved ({drain['pages']} pages, {drain['bytes']} bytes), {drain['requests']} left"
+    return f"{drain['replica']} is {drain['state']}: {cost}; the longest pause was {drain['downtime_ms']:.1f} ms"
 
 
 def run_rebalance(args: argparse.Namespace) -> int:

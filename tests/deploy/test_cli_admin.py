@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from admin_peer import MOVED, STATUS, FakePort, running_admin
@@ -99,6 +100,34 @@ def test_drain_need_not_be_waited_for(admin: Admin, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == (
         "replica-0 is draining: 5 requests moved (40 pages, 4096 bytes), 2 left; the longest pause was 12.5 ms\n"
     )
+
+
+def test_drain_of_a_node_empties_what_can_be_drained_there(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "drain", "--node", "node-a", "--json") == 0
+    assert admin[0].calls == [("drain", "replica-0 False 5")] * 2  # replica-1 only starts
+    assert [drain["outcome"] for drain in json.loads(capsys.readouterr().out)] == ["drained"]
+    assert run(admin, "drain", "--node", "node-b") == 0
+    assert capsys.readouterr().out == "no replica to drain on node-b\n"
+
+
+def test_drain_of_a_node_tells_all_replicas_before_it_waits_for_one(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [STATUS.replicas[0], STATUS.replicas[0]._replace(id="replica-2")]
+    monkeypatch.setattr(admin[0], "now", replace(STATUS, replicas=tuple(both)))
+    assert run(admin, "drain", "--node", "node-a") == 0
+    assert admin[0].calls[:2] == [("drain", "replica-0 False 0"), ("drain", "replica-2 False 0")]
+
+
+def test_drain_does_not_wait_longer_than_it_is_told(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "drain", "replica-0", "--wait-s", "0.001") == 1
+    assert admin[0].calls == [("drain", "replica-0 False 0.001")]
+    assert capsys.readouterr().out.startswith("replica-0 is draining: ")
+
+
+def test_drain_needs_a_replica_or_a_node(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["replica-0", "--node", "node-a"]):
+        with pytest.raises(SystemExit):
+            run(admin, "drain", *words)
+    assert "one of the arguments REPLICA --node is required" in capsys.readouterr().err
 
 
 def test_rebalance(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
