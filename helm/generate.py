@@ -1,0 +1,101 @@
+"""Writes what follows from other files: README.md's table of values, and the options of Quire in values.schema.json.
+
+    python helm/generate.py            writes both
+    python helm/generate.py --check    says whether they are current (exit status 1 when not)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quire.deploy.options import options
+from quire.worker.config import ServerOptions
+from quire.worker.options import Option
+
+CHART = Path(__file__).resolve().parent
+BEGIN, END = "<!-- values: written by generate.py -->", "<!-- end of values -->"
+# What the chart itself sets, from its own values.
+OWN = set("model device tp ray_address namespace replicas prefill_replicas span_nodes node_label served_model_name".split())
+OWN |= set("host port api_key api_key_file ingresses admin_host admin_port admin_token".split())
+
+
+def readme() -> str:
+    """README.md with the table of values.yaml."""
+    text = (CHART / "README.md").read_text(encoding="utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    rows = [f"| `{path}` | `{default}` | {said} |" for path, default, said in table((CHART / "values.yaml").read_text(encoding="utf-8"))]
+    return "\n".join([head + BEGIN, "", "| value | default | what it does |", "|---|---|---|", *rows, "", END + tail])
+
+
+def table(text: str) -> Iterator[tuple[str, str, str]]:
+    """(path, default as JSON, what it does) of every value that has a `# --` comment."""
+    lines = text.splitlines()
+
+    def walk(node: yaml.MappingNode, path: str) -> Iterator[tuple[str, str, str]]:
+        for key, value in node.value:
+            here = f"{path}.{key.value}" if path else key.value
+            said = _comment(lines, key.start_mark.line)
+            if said is not None:
+                default = json.dumps(yaml.SafeLoader("").construct_object(value, deep=True), ensure_ascii=False)
+                yield here, default.replace("|", "\\|"), said.replace("|", "\\|")
+            elif isinstance(value, yaml.MappingNode):
+                yield from walk(value, here)
+
+    root = yaml.compose(text)
+    if isinstance(root, yaml.MappingNode):
+        yield from walk(root, "")
+
+
+def _comment(lines: list[str], line: int) -> str | None:
+    """The comment that begins with `# --` right above a line."""
+    said: list[str] = []
+    while line > 0 and lines[line - 1].lstrip().startswith("#"):
+        line -= 1
+        said.insert(0, lines[line].lstrip().lstrip("#").strip())
+        if said[0].startswith("-- "):
+            return " ".join([said[0][3:], *said[1:]])
+    return None
+
+
+def schema() -> str:
+    """values.schema.json with the options that there are now."""
+    path = CHART / "values.schema.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    engine: dict[str, Any] = {}
+    server: dict[str, Any] = {}
+    for option in options():
+        if option.name not in OWN:
+            (server if option.owner is ServerOptions else engine)[option.flag.removeprefix("--")] = _type(option)
+    whole["definitions"]["engineOptions"]["properties"] = engine
+    whole["definitions"]["serveOptions"]["properties"] = server
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def _type(option: Option) -> dict[str, Any]:
+    if option.choices:
+        return {"enum": list(option.choices)}
+    if option.kind == "bytes":
+        return {"type": ["integer", "string"]}
+    if option.kind == "list":
+        return {"type": "array", "items": {"type": "string"}}
+    return {"type": {bool: "boolean", int: "integer", float: "number"}.get(option.type, "string")}
+
+
+def main(check: bool) -> int:
+    stale = [name for name, text in (("README.md", readme()), ("values.schema.json", schema())) if (CHART / name).read_text() != text]
+    if check:
+        sys.stdout.write("".join(f"helm/{name} is not current: run `python helm/generate.py`\n" for name in stale))
+        return 1 if stale else 0
+    (CHART / "values.schema.json").write_text(schema(), encoding="utf-8")
+    (CHART / "README.md").write_text(readme(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

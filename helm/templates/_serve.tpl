@@ -1,0 +1,54 @@
+{{/* What Ray Serve runs: the ingresses, and behind them a controller with replicas for each model. */}}
+
+{{/* Pods of all models when each has the fewest replicas. */}}
+{{- define "quire.fewestPods" -}}
+{{- $pods := 0 -}}
+{{- range (include "quire.models" . | fromJson).models -}}
+{{- $pods = add $pods (include "quire.minPods" .) -}}
+{{- end -}}
+{{- $pods -}}
+{{- end -}}
+
+{{/* Whether ingresses run on the head: only when there may be no worker that could hold one. */}}
+{{- define "quire.headServes" -}}
+{{- eq (include "quire.fewestPods" .) "0" -}}
+{{- end -}}
+
+{{/* Ray namespace of a model. */}}
+{{- define "quire.namespace" -}}
+quire-{{ .name }}
+{{- end -}}
+
+{{- define "quire.serveConfig" -}}
+{{- $headServes := eq (include "quire.headServes" .) "true" -}}
+{{- $pods := ternary "1" (include "quire.fewestPods" .) $headServes -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: {{ .Values.serve.port }}
+logging_config:
+  encoding: JSON
+  log_level: INFO
+applications:
+  - name: quire
+    route_prefix: /
+    import_path: quire.deploy.serve_app:build
+    args:
+      models:
+        {{- range (include "quire.models" . | fromJson).models }}
+        - {{ include "quire.modelArgs" (list $ .) | nindent 10 | trim }}
+        {{- end }}
+    deployments:
+      - name: Ingress
+        num_replicas: {{ .Values.serve.ingressReplicas | default ($pods | int) }}
+        max_replicas_per_node: 1
+        ray_actor_options:
+          num_cpus: {{ ternary 0 0.5 $headServes }}
+{{- end -}}
+
+{{/* A model as the application's arguments. Called with (list context, model). */}}
+{{- define "quire.modelArgs" -}}
+{{- $root := index . 0 -}}
+{{- $model := index . 1 -}}
+name: {{ $model.name }}
+{{- end -}}
