@@ -21,11 +21,16 @@ def options() -> Iterator[Option]:
     return leaves(QuireOptions)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each option, grouped by owner, and `--config`. Flags that are not given leave no trace in the namespace."""
+def add_flags(parser: argparse.ArgumentParser, only: frozenset[str] | None = None) -> None:
+    """One flag for each option, or for those in `only`, grouped by owner, and `--config`.
+
+    Flags that are not given leave no trace in the namespace.
+    """
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags without the dashes in front; flags win")
     groups: dict[type, argparse._ArgumentGroup] = {}
     for option in options():
+        if only is not None and option.name not in only:
+            continue
         if option.owner not in groups:
             groups[option.owner] = parser.add_argument_group(f"{_title(option.owner)} options", _summary(option.owner))
         how: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": option.help().replace("%", "%%")}

@@ -9,7 +9,7 @@
 
 from ...worker.actor import start_actor_logging
 from .calls import remote_class
-from .driver import Cluster, ClusterView, ReplicaView
+from .driver import Cluster, ClusterView, ReplicaView, join
 from .ports import AdminPort, Registration, connect
 
-__all__ = ["AdminPort", "Cluster", "ClusterView", "Registration", "ReplicaView", "connect", "remote_class", "start_actor_logging"]
+__all__ = ["AdminPort", "Cluster", "ClusterView", "Registration", "ReplicaView", "connect", "join", "remote_class", "start_actor_logging"]

@@ -124,6 +124,15 @@ def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
     return replace(options, engine=replace(options.engine, model=shared)) if ranks > 1 else options
 
 
+def join(options: QuireOptions) -> None:
+    """Makes this process a driver of the cluster at `ray_address`, and no more than that.
+
+    Raises:
+        ConnectionError: there is none.
+    """
+    ray.init(address=options.cluster.ray_address, namespace=options.cluster.namespace, logging_level=logging.WARNING)
+
+
 def start_ray(options: QuireOptions) -> None:
     """Makes this process a driver of a new local Ray, or of the cluster at `ray_address`.
 
@@ -131,7 +140,7 @@ def start_ray(options: QuireOptions) -> None:
     there; a cluster's own settings decide for a cluster.
     """
     if options.cluster.ray_address is not None:
-        ray.init(address=options.cluster.ray_address, namespace=options.cluster.namespace, logging_level=logging.WARNING)
+        join(options)
         return
     ray.init(
         address="local",
