@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from ..kernels import cpu, reference
-from .config import ModelOptions
+from .config import CacheOptions, ModelOptions
 from .linear import FixedLinear, MakeLinear, linear_factory
 from .model import Ops
 
@@ -53,6 +53,19 @@ def kernels_of(options: ModelOptions, device: torch.device, dtype: torch.dtype) 
     if options.deterministic and chosen == "torch":
         raise ValueError(f"deterministic: torch's kernels are not; {device.type} in {dtype} has no others here")
     return chosen
+
+
+def kv_dtype_of(options: CacheOptions, kernels: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of keys and values in pages, beside activations of `dtype`.
+
+    Raises:
+        ValueError: the kernels do not read it.
+    """
+    if options.kv_dtype == "auto":
+        return dtype
+    if kernels != "triton":
+        raise ValueError(f"kv_dtype: {options.kv_dtype} pages are for Triton's kernels, and {kernels} was chosen here")
+    return torch.float8_e4m3fn
 
 
 def ops_of(options: ModelOptions, kernels: str) -> Ops:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend import device_of, kernels_of, linears_of, ops_of
+from .backend import device_of, kernels_of, kv_dtype_of, linears_of, ops_of
 from .config import EngineOptions
 from .cuda_graphs import CudaCapture
 from .device_runner import DeviceRunner
@@ -53,6 +53,7 @@ class _Rank(NamedTuple):
     config: ModelConfig
     path: Path
     model: DecoderModel
+    kernels: str  # their name
     page: PageShape
     pages: int  # that fit here
     host_pages: int  # that fit into the host memory beside it
@@ -100,7 +101,7 @@ def _runner(
     wait for each step's tokens, which travel with the next plan."""
     config, device = rank.config, device_of(options.model)
     rest = (_max_running(options), config.max_model_len, *moving)
-    if device.type != "cuda" or kernels_of(options.model, device, rank.page.dtype) != "triton":
+    if device.type != "cuda" or rank.kernels != "triton":
         return ModelRunner(rank.model, kv, Sampler(config.eos_token_ids, config.vocab_size), *rest)
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere
 
@@ -154,12 +155,13 @@ def _load_own(options: EngineOptions, progress: Progress | None, group: RankGrou
         raise ValueError("deterministic: NCCL's sums depend on the batch, so it needs tp = 1 on a GPU")
     make_linear, ops = linears_of(model_options, kernels, device, dtype), ops_of(model_options, kernels)
     log.info("%s kernels on %s in %s%s", kernels, device, dtype, ", deterministic" if model_options.deterministic else "")
+    kept = kv_dtype_of(options.cache, kernels, dtype)
+    page = PageShape(shard.num_kv_heads, config.num_layers, options.cache.page_size, config.head_dim, kept)
     model = DecoderModel(config, checkpoint, device, dtype, make_linear, ops, progress, group)
     checkpoint.close()
-    page = PageShape(shard.num_kv_heads, config.num_layers, options.cache.page_size, config.head_dim, dtype)
     most = _max_running(options) * -(-config.max_model_len // page.page_size)
     pages = _num_pages(options, page.page_bytes, device, most)
-    return _Rank(config, checkpoint.path, model, page, pages, _num_host_pages(options, pages, page.page_bytes, device))
+    return _Rank(config, checkpoint.path, model, kernels, page, pages, _num_host_pages(options, pages, page.page_bytes, device))
 
 
 def _pool(rank: _Rank, options: EngineOptions) -> KVStore:

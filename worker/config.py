@@ -49,6 +49,11 @@ class CacheOptions:
     """The paged KV pool."""
 
     page_size: int = option(32, "tokens in a page")
+    kv_dtype: str = option(
+        "auto",
+        "type of keys and values in pages; auto: that of activations; fp8: e4m3, half the memory of 16 bits, with Triton's kernels",
+        choices=("auto", "fp8"),
+    )
     kv_pages: int | None = option(None, "pages in the pool; overrides --kv-memory")
     kv_memory: int | None = option(None, "bytes for the pool (4GiB, 512MB, ...); default: a share of what is free", kind="bytes")
     prefix_cache: bool = option(True, "keep computed pages findable until their memory is needed")

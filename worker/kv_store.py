@@ -44,17 +44,19 @@ class PageShape:
 class KVStore:
     """A pool [pages, kv_heads, layers, 2, page_size, head_dim], and another like it in host memory (pinned beside a GPU).
 
-    Both start as zeros: nobody is handed memory that was another's.
+    Both start as zeros: nobody is handed memory that was another's. Of fp8 they hold the bytes, which everything that moves pages knows how
+    to handle; layers are seen in the type itself.
     """
 
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device | str, host_pages: int = 0) -> None:
         self.shape = shape
         self.num_pages = num_pages
-        self.pool = _zeros((num_pages, *shape.dims), shape.dtype, torch.device(device))
-        self.host = _zeros((host_pages, *shape.dims), shape.dtype, torch.device("cpu"))
+        held = torch.uint8 if shape.dtype.itemsize == 1 else shape.dtype
+        self.pool = _zeros((num_pages, *shape.dims), held, torch.device(device))
+        self.host = _zeros((host_pages, *shape.dims), held, torch.device("cpu"))
         if self.pool.device.type == "cuda" and host_pages:
             _pin(self.host)
-        self._layers = [self.pool[:, :, layer] for layer in range(shape.layers)]
+        self._layers = [self.pool[:, :, layer].view(shape.dtype) for layer in range(shape.layers)]
         self._kernel = copy_with_kernel if self.pool.is_cuda and find_spec("triton") else None
 
     @property
@@ -68,7 +70,7 @@ class KVStore:
         return self.shape.page_bytes
 
     def layer(self, layer: int) -> Tensor:
-        """The view [pages, kv_heads, 2, page_size, head_dim] that kernels read and write."""
+        """The view [pages, kv_heads, 2, page_size, head_dim] in the pages' type that kernels read and write."""
         return self._layers[layer]
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -161,8 +163,8 @@ class KVStore:
         Raises:
             ValueError: the shape or the type is not a page's.
         """
-        if tuple(data.shape) != self.shape.dims or data.dtype != self.shape.dtype:
-            raise ValueError(f"a page is {self.shape.dims} {self.shape.dtype}, got {tuple(data.shape)} {data.dtype}")
+        if tuple(data.shape) != self.shape.dims or data.dtype != self.pool.dtype:
+            raise ValueError(f"a page is {self.shape.dims} {self.pool.dtype}, got {tuple(data.shape)} {data.dtype}")
         self.pool[page].copy_(data)
 
 

@@ -171,6 +171,13 @@ def test_serving_on_a_gpu_takes_the_device_runner_and_gives_the_tokens_of_a_cpu(
     assert llm.engine.startup_s["warm up"] > 0
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_pages_in_fp8_give_the_same_tokens_with_graphs_and_without(checkpoint):
+    with_graphs, without = (outputs(engine(checkpoint, "cuda", how, kv_dtype="fp8"), MIXED) for how in (CudaCapture(), None))
+    assert with_graphs == without
+
+
 def build_decode(rows: int):
     from quire.worker.device_runner import _warm_plan
 

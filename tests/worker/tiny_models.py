@@ -71,11 +71,12 @@ def load(path: Path | str, max_model_len: int | None = None) -> DecoderModel:
 class Pages:
     """A store full of NaN, and the sequences in it: their pages are taken in random order."""
 
-    def __init__(self, model: DecoderModel, pages: int = 64, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, model: DecoderModel, pages: int = 64, page_size: int = PAGE_SIZE, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
         self.model = model
-        self.kv = KVStore(PageShape(config.num_kv_heads, config.num_layers, page_size, config.head_dim, torch.float32), pages, "cpu")
-        self.kv.pool.fill_(float("nan"))
+        self.kv = KVStore(PageShape(config.num_kv_heads, config.num_layers, page_size, config.head_dim, dtype), pages, "cpu")
+        for layer in range(config.num_layers):
+            self.kv.layer(layer).copy_(torch.tensor(float("nan")))
         self.free = list(range(pages))
         random.Random(0).shuffle(self.free)
         self.tables: dict[str, list[int]] = {}
