@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -15,13 +15,14 @@ from .fixed_matmul import fixed_matmul
 from .launch import Shape, dtype_name, read_table
 from .layout import AttentionBatch
 from .merge_states import merge_states
-from .page_copy import move_pages
+from .page_copy import CopyLaunch, move_pages
 from .paged_decode import DecodeLaunch, paged_decode, prefix_decode
 from .paged_prefill import PrefillLaunch, paged_prefill
-from .rms_norm import add_rms_norm, rms_norm
-from .rope_write import rope_and_write_kv
-from .sampling import SampleRows, sample
-from .silu_mul import silu_mul
+from .rms_norm import NormLaunch, add_rms_norm, rms_norm
+from .rope_write import RopeLaunch, rope_and_write_kv
+from .sampling import SampleLaunch, SampleRows, sample
+from .silu_mul import SiluLaunch, silu_mul
+from .triton_ops import FIXED_NORM, fixed_attention
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 KV_HEADS, LAYERS, WIDTH = 2, 2, 64
@@ -29,7 +30,13 @@ KV_HEADS, LAYERS, WIDTH = 2, 2, 64
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """An attention kernel's call. `slot_gap`: elements between one token's keys and the next one's, which a pool never has."""
+    """An attention kernel's call.
+
+    Attributes:
+        params: of the launch; the rule's by default.
+        chosen: where `params` come from, for the name.
+        slot_gap: elements between one token's keys and the next one's, which a pool never has.
+    """
 
     kernel: str
     head_dim: int = 128
@@ -41,14 +48,17 @@ class Attention:
     sliding_window: int | None = None
     soft_cap: float | None = None
     params: tuple[tuple[str, int], ...] = ()
+    chosen: str = ""
     slot_gap: int = 0
 
     def case(self, arches: tuple[int, ...] = ARCHES) -> Case:
         """The call as a case."""
-        extra = "".join(f" {name}" for name, on in (("window", self.sliding_window), ("cap", self.soft_cap), ("table", self.params)) if on)
+        extra = "".join(
+            f" {name}" for name, on in (("window", self.sliding_window), ("cap", self.soft_cap), (self.chosen, self.chosen)) if on
+        )
         name = f"{self.kernel} {dtype_name(self.dtype, self.stored)} d{self.head_dim} g{self.group} p{self.page_size}{extra}"
         needs = Needs.ASYNC_COPIES | Needs.TENSOR_CORES
-        if self.kernel == "paged_prefill" and self.stored != FP32:
+        if self.kernel == "paged_prefill" and self.stored != FP32 and dict(self.params).get("block_m", 64) >= 64:
             needs |= Needs.WARP_GROUP
         return Case(name, self.launch, {"_decode_kernel": needs, "_prefill_kernel": needs}, arches)
 
@@ -73,7 +83,7 @@ class Attention:
 
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
-    return [*attention_cases(), *merge_cases(), *small_cases(), *table_cases(read_table())]
+    return [*attention_cases(), *merge_cases(), *small_cases(), *fixed_cases(), *table_cases(read_table())]
 
 
 def attention_cases() -> Iterator[Case]:
@@ -130,26 +140,66 @@ def small_cases() -> Iterator[Case]:
         yield Case(f"sampling {rows} rows", partial(_sample, rows), {})
 
 
-def _rope(dtype: torch.dtype, stored: torch.dtype, dim: int, normed: bool) -> None:
-    qkv = torch.empty(16, (4 + 2 * KV_HEADS) * dim, dtype=dtype)
+def fixed_cases() -> Iterator[Case]:
+    """What the deterministic mode launches in place of the rules' choices."""
+    for dim, dtype, group in ((64, BF16, 4), (128, BF16, 8), (256, BF16, 4), (128, FP32, 4)):
+        params = tuple(asdict(fixed_attention(group)).items())
+        yield Attention("paged_prefill", dim, dtype, dtype, group, params=params, chosen="fixed").case()
+    x = torch.empty(16, 4096, dtype=BF16)
+    yield Case("add_rms_norm bfloat16 4096 fixed", partial(add_rms_norm, x, x, x[0], 1e-5, FIXED_NORM), {})
+
+
+def _rope(
+    dtype: torch.dtype, stored: torch.dtype, dim: int, normed: bool, group: int = 2, page_size: int = 32, launch: RopeLaunch | None = None
+) -> None:
+    heads = group * KV_HEADS
+    qkv = torch.empty(16, (heads + 2 * KV_HEADS) * dim, dtype=dtype)
     at = torch.zeros(16, dtype=torch.int64)
-    pages = torch.empty(4, KV_HEADS, LAYERS, 2, 32, dim, dtype=stored)[:, :, 1]
+    pages = torch.empty(4, KV_HEADS, LAYERS, 2, page_size, dim, dtype=stored)[:, :, 1]
     weight = torch.empty(dim, dtype=dtype) if normed else None
-    rope_and_write_kv(qkv, at, torch.empty(64, dim), pages, at, 4, weight, weight, 1e-6)
+    rope_and_write_kv(qkv, at, torch.empty(64, dim), pages, at, heads, weight, weight, 1e-6, launch)
 
 
-def _sample(rows: int) -> None:
+def _sample(rows: int, launch: SampleLaunch | None = None) -> None:
     whole, real = partial(torch.zeros, dtype=torch.int32), torch.zeros
-    sample(
-        real(rows, 128256),
-        SampleRows(real(rows), whole(rows), real(rows), real(rows), whole(rows, 2), whole(rows + 1), whole(8), real(8), real(8), real(8)),
-    )
+    how = SampleRows(real(rows), whole(rows), real(rows), real(rows), whole(rows, 2), whole(rows + 1), whole(8), real(8), real(8), real(8))
+    sample(real(rows, 128256), how, launch)
 
 
 def table_cases(table: dict[tuple[int, Shape], dict[str, int]]) -> Iterator[Case]:
-    """A case for each entry of an attention kernel, on its own chip."""
+    """A case for each entry, on its own chip."""
     for (arch, shape), params in table.items():
-        dtype, _, stored = shape.dtype.partition("+")
-        of = Attention(shape.kernel, shape.head_dim, getattr(torch, dtype), getattr(torch, stored or dtype), shape.group, shape.page_size)
         if shape.kernel in ("paged_decode", "paged_prefill", "prefix_decode"):
-            yield replace(of, rows=shape.bucket, params=tuple(params.items())).case((arch,))
+            dtype, stored = _types(shape)
+            sizes = shape.head_dim, dtype, stored, shape.group, shape.page_size, shape.bucket
+            of = Attention(shape.kernel, *sizes, params=tuple(params.items()), chosen=f"table b{shape.bucket}")
+            yield of.case((arch,))
+        else:
+            name = f"{shape.kernel} {shape.dtype} d{shape.head_dim} g{shape.group} p{shape.page_size} table b{shape.bucket}"
+            yield Case(name, partial(_tuned, shape, params), {}, (arch,))
+
+
+def _types(shape: Shape) -> tuple[torch.dtype, torch.dtype]:
+    inputs, _, stored = shape.dtype.partition("+")
+    return getattr(torch, inputs), getattr(torch, stored or inputs)
+
+
+def _tuned(shape: Shape, params: dict[str, int]) -> None:
+    """The call of a kernel that is not attention, as an entry of the table has it."""
+    dtype, stored = _types(shape)
+    match shape.kernel:
+        case "rms_norm":
+            x, launch = torch.empty(shape.bucket, shape.head_dim, dtype=dtype), NormLaunch(**params)
+            rms_norm(x, x[0], 1e-5, launch)
+            add_rms_norm(x, x, x[0], 1e-5, launch)
+        case "silu_mul":
+            silu_mul(torch.empty(shape.bucket, 2 * shape.head_dim, dtype=dtype), SiluLaunch(**params))
+        case "rope_write":
+            _rope(dtype, stored, shape.head_dim, True, shape.group, shape.page_size, RopeLaunch(**params))
+        case "page_copy":
+            ids, pages = torch.zeros(8, dtype=torch.int64), torch.empty(16, 4096, dtype=dtype)
+            move_pages(pages, ids, pages, ids, CopyLaunch(**params))
+        case "sampling":
+            _sample(shape.bucket, SampleLaunch(**params))
+        case _:
+            raise ValueError(f"the table has an entry for {shape.kernel}, and no launcher looks for one")

@@ -1,14 +1,14 @@
 """The Triton kernels as the decoder calls them: the functions of `reference`, for tensors on a CUDA device (or in the interpreter).
 
 Rows of one token go through the decode kernel, which splits long contexts over the chip and reads a prefix that all of them share
-once, all others through the prefill kernel. In
-deterministic mode every row goes through the prefill kernel with one choice of tiles, and norms take one row a program, so that a
-token's bits depend neither on the batch nor on how its prompt was cut.
+once, all others through the prefill kernel. In deterministic mode every row goes through the prefill kernel with one choice of tiles,
+and norms take one row a program, so that a token's bits depend neither on the batch nor on how its prompt was cut.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from . import rms_norm as norm
@@ -21,7 +21,11 @@ from .rope_write import rope_and_write_kv
 from .silu_mul import silu_mul
 
 FIXED_NORM = norm.NormLaunch(elements=1, num_warps=4)
-FIXED_ATTENTION = PrefillLaunch(block_m=16, block_n=32, num_warps=4, num_stages=2)
+
+
+def fixed_attention(group: int) -> PrefillLaunch:
+    """The deterministic mode's tiles: the smallest that hold a group of query heads, whatever the batch."""
+    return PrefillLaunch(block_m=max(16, triton.next_power_of_2(group)), block_n=32, num_warps=4, num_stages=2)
 
 
 class TritonOps:
@@ -32,7 +36,7 @@ class TritonOps:
 
     def __init__(self, deterministic: bool = False) -> None:
         self._norm = FIXED_NORM if deterministic else None
-        self._attention = FIXED_ATTENTION if deterministic else None
+        self._deterministic = deterministic
         self._batch: AttentionBatch | None = None
         self._work: dict[tuple[int, int, int], Tensor] = {}
 
@@ -48,7 +52,7 @@ class TritonOps:
         """See `reference.paged_attention`; a row of kv_len 0 is padding and becomes zeros."""
         scores = Scores(scale, sliding_window)
         out = torch.empty_like(q)
-        decoded = 0 if self._attention is not None else batch.num_decode
+        decoded = 0 if self._deterministic else batch.num_decode
         if decoded:
             rows = q[:decoded], pages, batch.block_tables[:decoded], batch.kv_lens[:decoded]
             if batch.prefix_pages and sliding_window is None:
@@ -56,8 +60,9 @@ class TritonOps:
             else:
                 paged_decode(*rows, scores, out[:decoded])
         if decoded < len(batch.row_lens):
-            launch = self._attention or prefill_launch(q, pages)
-            tile_queries = max(1, launch.block_m // (q.shape[1] // pages.shape[1]))
+            group = q.shape[1] // pages.shape[1]
+            launch = fixed_attention(group) if self._deterministic else prefill_launch(q, pages)
+            tile_queries = max(1, launch.block_m // group)
             work = self._work_of(batch, decoded, tile_queries, scores.window, q.device)
             paged_prefill(q, pages, batch, work, scores, out, launch=launch)
         return out

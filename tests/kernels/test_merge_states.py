@@ -66,9 +66,10 @@ def test_merge_refuses_gaps(device: str) -> None:
         merge_states(a[:, ::2], lse, a[:, ::2], lse, torch.empty(3, 2, 64, device=device))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype", "soft_cap"),
+    [(4, 1, FP32, None), (6, 2, FP32, 2.0), (6, 2, FP16, None), (4, 1, BF16, 2.0), (6, 2, BF16, None)],
+)
 def test_cascade(heads: int, kv_heads: int, dtype: torch.dtype, soft_cap: float | None, device: str) -> None:
     """Rows that end with the prefix, one token and several pages after it; garbage between and after."""
     page_size, prefix_pages = 16, 3

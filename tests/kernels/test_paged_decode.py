@@ -16,7 +16,7 @@ from quire.kernels.paged_decode import DecodeLaunch, num_splits, paged_decode, p
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ONE_SPLIT = DecodeLaunch(block_n=32, num_warps=4, num_stages=1, max_splits=1)
 SPLITS = DecodeLaunch(block_n=32, num_warps=4, num_stages=1, min_split_keys=32, max_splits=4)
-EDGES = (0, 1), (15, 1), (16, 1), (31, 1), (-1, 1), (77, 1)  # 1, page, page + 1 (of 16), 32, none, many
+EDGES = (0, 1), (15, 1), (16, 1), (31, 1), (-1, 1), (77, 1)  # of keys: 1, a page, a page and one, two pages, none, many
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +60,17 @@ def test_lengths_around_pages(launch: DecodeLaunch, device: str) -> None:
     check(EDGES, 4, 1, 64, 16, FP32, device, launch)
 
 
-@pytest.mark.parametrize(("page_size", "length"), [(16, 15), (16, 17), (32, 31), (32, 33), (64, 63), (64, 64), (64, 65), (64, 200)])
-def test_page_sizes(page_size: int, length: int, device: str) -> None:
-    check([(length - 1, 1), (0, 1)], 2, 1, 64, page_size, FP16, device)
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_lengths_around_every_size_of_page(page_size: int, dtype: torch.dtype, device: str) -> None:
+    lengths = 0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 7
+    check([(length - 1, 1) for length in lengths], 2, 1, 64, page_size, dtype, device)
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 17])
-def test_groups(group: int, device: str) -> None:
-    check([(40, 1), (99, 1)], 2 * group, 2, 64, 32, FP16, device)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_groups(group: int, dtype: torch.dtype, device: str) -> None:
+    check([(40, 1), (99, 1)], 2 * group, 2, 64, 32, dtype, device, ONE_SPLIT)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -135,8 +138,7 @@ def test_large_scores_do_not_overflow(device: str) -> None:
     assert error(out, reference.attention_states(q, pages, batch, 1.0)[0]) <= 1e-4  # scores of thousands: their own rounding shows
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "rows"), [(4, 1, 5), (7, 1, 11), (3, 3, 4)])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("heads", "kv_heads", "rows", "dtype"), [(4, 1, 5, FP32), (7, 1, 11, BF16), (3, 3, 4, FP16), (3, 3, 4, BF16)])
 def test_prefix(heads: int, kv_heads: int, rows: int, dtype: torch.dtype, device: str) -> None:
     batch, pages = paged([(95, 1)], kv_heads, 64, 16, dtype, device)
     q = random((rows, heads, 64), dtype, device)

@@ -61,8 +61,9 @@ def test_chunks_around_pages(page_size: int, extra: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
-def test_groups(group: int, device: str) -> None:
-    check([(20, 9), (3, 1)], 2 * group, 2, 64, 32, FP16, device)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_groups(group: int, dtype: torch.dtype, device: str) -> None:
+    check([(20, 9), (3, 1)], 2 * group, 2, 64, 32, dtype, device)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])

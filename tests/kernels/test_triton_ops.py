@@ -68,6 +68,13 @@ def test_deterministic_attention_has_the_same_bits_alone_and_in_any_chunk(device
     assert torch.equal(ops.paged_attention(q[-1:], pages, chunk, DIM**-0.5, None), together[-1:])
 
 
+def test_deterministic_attention_holds_a_large_group(device):
+    batch, pages = paged(((33, 1), (0, 5)), 1, DIM, PAGE, torch.float32, device)
+    q = random((6, 20, DIM), torch.float32, device)
+    out = TritonOps(deterministic=True).paged_attention(q, pages, batch, DIM**-0.5, None)
+    assert error(out, reference.attention_states(q, pages, batch, DIM**-0.5)[0]) < tolerance(torch.float32)
+
+
 def test_deterministic_norms_have_the_same_bits_in_any_batch(device):
     ops = TritonOps(deterministic=True)
     x, weight = random((9, 96), torch.float32, device), random((96,), torch.float32, device)
