@@ -1,6 +1,6 @@
 """Every Triton kernel on a GPU: time, bytes or operations, and the share of what this GPU gave to a plain copy or product in the same run.
 
-    python benchmarks/kernels.py [--only decode,prefill,small,copy,sampling] [--json benchmarks/results/kernels_h200.json]
+    python benchmarks/kernels.py [--only decode,prefill,shared,small,products,copy,sampling] [--json benchmarks/results/kernels_h200.json]
 
 Attention stands beside torch's scaled_dot_product_attention (on keys and values that lie packed, which serving cannot have) and
 FlexAttention (compiled, packed as well). Shapes are those of Llama-3.1-8B: 32 heads, 8 KV heads, 128 dimensions, bfloat16.
@@ -10,6 +10,7 @@ Pages are 32 tokens, in random order of a pool with the layers of a real one. Ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import gpu
@@ -20,7 +21,10 @@ from tqdm import tqdm
 
 from quire.kernels import page_copy, rms_norm, rope_write, silu_mul
 from quire.kernels.attention_tile import Scores
+from quire.kernels.cascade import cascade_decode
+from quire.kernels.fixed_matmul import fixed_matmul
 from quire.kernels.layout import AttentionBatch
+from quire.kernels.merge_states import merge_states
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import device_work, paged_prefill, prefill_launch
 from quire.kernels.sampling import SampleRows, sample
@@ -28,6 +32,12 @@ from quire.kernels.sampling import SampleRows, sample
 HEADS, KV_HEADS, DIM, PAGE, LAYERS, HIDDEN, INNER, VOCAB = 32, 8, 128, 32, 4, 4096, 14336, 128256
 BF16 = torch.bfloat16
 SCORES = Scores(DIM**-0.5)
+DECODES = (1, 1024), (1, 32768), (8, 2048), (64, 1024), (64, 8192), (256, 1024), (256, 4096)  # rows, keys of each
+PREFILLS = (1, 2048, 0), (1, 8192, 0), (1, 16384, 0), (8, 1024, 0), (4, 512, 7680)  # rows, tokens of each, keys before them
+TOKENS = 64, 4096
+POOL, COPIED = 4096, (16, 256)  # pages
+SHARED = (64, 8192, 256), (256, 2048, 256)  # rows, keys of the prefix that they share, keys of each beside it
+SAMPLED = 1, 64, 256  # rows
 
 
 class Figure(NamedTuple):
@@ -42,21 +52,21 @@ class Figure(NamedTuple):
 
 
 def pool(pages: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(pages, KV_HEADS, LAYERS, 2, PAGE, DIM, device="cuda", dtype=torch.float32).to(dtype)
+    return torch.randn(pages, KV_HEADS, LAYERS, 2, PAGE, DIM, device=gpu.DEVICE, dtype=BF16).to(dtype)
 
 
 def tables(rows: int, context: int) -> Tensor:
     width = -(-context // PAGE)
-    return torch.randperm(rows * width, device="cuda").to(torch.int32).view(rows, width)
+    return torch.randperm(rows * width, device=gpu.DEVICE).to(torch.int32).view(rows, width)
 
 
 def decode() -> Iterator[Figure]:
-    for rows, context in [(1, 1024), (1, 32768), (8, 2048), (64, 1024), (64, 8192), (256, 1024), (256, 4096)]:
+    for rows, context in DECODES:
         for stored in (BF16, torch.float8_e4m3fn):
             table = tables(rows, context)
             layer = pool(table.numel(), stored)[:, :, 1]
-            lens = torch.full((rows,), context, dtype=torch.int32, device="cuda")
-            q = torch.randn(rows, HEADS, DIM, device="cuda", dtype=BF16)
+            lens = torch.full((rows,), context, dtype=torch.int32, device=gpu.DEVICE)
+            q = torch.randn(rows, HEADS, DIM, device=gpu.DEVICE, dtype=BF16)
             out = torch.empty_like(q)
             name = "bf16 pages" if stored == BF16 else "fp8 pages"
             read = 2 * rows * context * KV_HEADS * DIM * stored.itemsize
@@ -70,15 +80,15 @@ def decode() -> Iterator[Figure]:
 
 
 def prefill() -> Iterator[Figure]:
-    for rows, count, cached in [(1, 2048, 0), (1, 8192, 0), (1, 16384, 0), (8, 1024, 0), (4, 512, 7680)]:
+    for rows, count, cached in PREFILLS:
         context = count + cached
         table = tables(rows, context)
         layer = pool(table.numel())[:, :, 1]
-        starts = torch.arange(0, (rows + 1) * count, count, dtype=torch.int32, device="cuda")
-        lens = torch.full((rows,), context, dtype=torch.int32, device="cuda")
-        slots = torch.empty(0, dtype=torch.int64, device="cuda")
+        starts = torch.arange(0, (rows + 1) * count, count, dtype=torch.int32, device=gpu.DEVICE)
+        lens = torch.full((rows,), context, dtype=torch.int32, device=gpu.DEVICE)
+        slots = torch.empty(0, dtype=torch.int64, device=gpu.DEVICE)
         batch = AttentionBatch(starts, lens, table, slots, 0, (count,) * rows, (context,) * rows)
-        q = torch.randn(rows * count, HEADS, DIM, device="cuda", dtype=BF16)
+        q = torch.randn(rows * count, HEADS, DIM, device=gpu.DEVICE, dtype=BF16)
         out = torch.empty_like(q)
         launch = prefill_launch(q, layer)
         work = device_work(batch, 0, max(1, launch.block_m // (HEADS // KV_HEADS)), SCORES.window, q.device)
@@ -98,10 +108,11 @@ def packed_peers(q: Tensor, rows: int, context: int, causal: bool) -> tuple[tupl
     """torch's own attention for queries [rows, heads, n, dim] over packed keys and values."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    k, v = (torch.randn(rows, KV_HEADS, context, DIM, device="cuda", dtype=BF16) for _ in range(2))
-    flex = torch.compile(flex_attention)
+    torch.compiler.reset()  # each shape is compiled for itself; after eight of them torch would give up
+    k, v = (torch.randn(rows, KV_HEADS, context, DIM, device=gpu.DEVICE, dtype=BF16) for _ in range(2))
+    flex = torch.compile(flex_attention, dynamic=False)
     length = q.shape[2]
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, context, device="cuda") if causal else None
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, context, device=gpu.DEVICE) if causal else None
     return (
         ("sdpa", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)),
         ("flex", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True)),
@@ -109,21 +120,22 @@ def packed_peers(q: Tensor, rows: int, context: int, causal: bool) -> tuple[tupl
 
 
 def small() -> Iterator[Figure]:
-    for tokens in (64, 4096):
-        x, residual = (torch.randn(tokens, HIDDEN, device="cuda", dtype=BF16) for _ in range(2))
-        weight = torch.randn(HIDDEN, device="cuda", dtype=BF16)
+    for tokens in TOKENS:
+        x, residual = (torch.randn(tokens, HIDDEN, device=gpu.DEVICE, dtype=BF16) for _ in range(2))
+        weight = torch.randn(HIDDEN, device=gpu.DEVICE, dtype=BF16)
+        yield Figure("rms_norm", f"{tokens} x {HIDDEN}", partial(rms_norm.rms_norm, x, weight, 1e-5), bytes=2 * x.nbytes)
         yield Figure(
             "add_rms_norm",
             f"{tokens} x {HIDDEN}",
             lambda x=x, residual=residual, weight=weight: rms_norm.add_rms_norm(x, residual, weight, 1e-5),
             bytes=4 * x.nbytes,
         )
-        gate_up = torch.randn(tokens, 2 * INNER, device="cuda", dtype=BF16)
+        gate_up = torch.randn(tokens, 2 * INNER, device=gpu.DEVICE, dtype=BF16)
         yield Figure("silu_mul", f"{tokens} x {INNER}", lambda gate_up=gate_up: silu_mul.silu_mul(gate_up), bytes=1.5 * gate_up.nbytes)
-        qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device="cuda", dtype=BF16)
+        qkv = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM, device=gpu.DEVICE, dtype=BF16)
         layer = pool(-(-tokens // PAGE))[:, :, 1]
-        slots = torch.randperm(tokens, device="cuda")
-        cos_sin = torch.randn(8192, DIM, device="cuda")
+        slots = torch.randperm(tokens, device=gpu.DEVICE)
+        cos_sin = torch.randn(8192, DIM, device=gpu.DEVICE)
         yield Figure(
             "rope_write",
             f"{tokens} tokens",
@@ -134,22 +146,64 @@ def small() -> Iterator[Figure]:
         )
 
 
+def shared() -> Iterator[Figure]:
+    """Beside the same rows when the prefix is read by each of them."""
+    for rows, prefix, own in SHARED:
+        table = tables(rows, prefix + own)
+        table[:, : prefix // PAGE] = table[0, : prefix // PAGE].clone()
+        layer = pool(table.numel())[:, :, 1]
+        lens = torch.full((rows,), prefix + own, dtype=torch.int32, device=gpu.DEVICE)
+        q = torch.randn(rows, HEADS, DIM, device=gpu.DEVICE, dtype=BF16)
+        out = torch.empty_like(q)
+        yield Figure(
+            "cascade",
+            f"{rows} x ({prefix} shared + {own})",
+            partial(cascade_decode, q, layer, table, lens, prefix // PAGE, SCORES, out),
+            bytes=2 * (prefix + rows * own) * KV_HEADS * DIM * BF16.itemsize,
+            peers=(("each its own", partial(paged_decode, q, layer, table, lens, SCORES, out)),),
+        )
+        a, b = (torch.randn(rows, HEADS, DIM, device=gpu.DEVICE) for _ in range(2))
+        lse = torch.randn(rows, HEADS, device=gpu.DEVICE)
+        read = a.nbytes + b.nbytes + 2 * lse.nbytes + out.nbytes
+        yield Figure("merge_states", f"{rows} x {HEADS}", partial(merge_states, a, lse, b, lse, out), bytes=read)
+
+
+def products() -> Iterator[Figure]:
+    """The deterministic mode's product beside the library's."""
+    weight = torch.randn(INNER, HIDDEN, device=gpu.DEVICE, dtype=BF16)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, HIDDEN, device=gpu.DEVICE, dtype=BF16)
+        yield Figure(
+            "fixed_matmul",
+            f"{tokens} x {HIDDEN} x {INNER}",
+            partial(fixed_matmul, x, weight),
+            operations=2 * tokens * HIDDEN * INNER,
+            peers=(("torch", partial(F.linear, x, weight)),),
+        )
+
+
 def copies() -> Iterator[Figure]:
-    whole = pool(4096)
-    staging = torch.empty_like(whole[:256])
-    for count in (16, 256):
-        ids = torch.randperm(len(whole), device="cuda")[:count]
+    whole = pool(POOL)
+    staging = torch.empty_like(whole[: max(COPIED)])
+    for count in COPIED:
+        ids = torch.randperm(len(whole), device=gpu.DEVICE)[:count]
         yield Figure(
             "page_copy",
             f"pack {count} pages of {whole[0].nbytes >> 10} KiB",
             lambda ids=ids, count=count: page_copy.move_pages(whole, ids, staging[:count], None),
             bytes=2 * count * whole[0].nbytes,
         )
+        yield Figure(
+            "page_copy",
+            f"unpack {count} pages of {whole[0].nbytes >> 10} KiB",
+            lambda ids=ids, count=count: page_copy.move_pages(staging[:count], None, whole, ids),
+            bytes=2 * count * whole[0].nbytes,
+        )
 
 
-def sampling() -> Iterator[Figure]:
-    for rows in (1, 64, 256):
-        logits = torch.randn(rows, VOCAB, device="cuda") * 3
+def sample_figures() -> Iterator[Figure]:
+    for rows in SAMPLED:
+        logits = torch.randn(rows, VOCAB, device=gpu.DEVICE) * 3
         for name, temperature, top_k, top_p in [("greedy", 0.0, 0, 1.0), ("drawn", 1.0, 0, 1.0), ("top-k 40, top-p 0.9", 1.0, 40, 0.9)]:
             how = sample_rows(rows, temperature, top_k, top_p)
             yield Figure("sampling", f"{rows} x {VOCAB} {name}", lambda logits=logits, how=how: sample(logits, how), bytes=logits.nbytes)
@@ -157,16 +211,16 @@ def sampling() -> Iterator[Figure]:
 
 def sample_rows(rows: int, temperature: float, top_k: int, top_p: float) -> SampleRows:
     def column(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.full((rows, *shape), value, dtype=dtype, device="cuda")
+        return torch.full((rows, *shape), value, dtype=dtype, device=gpu.DEVICE)
 
-    empty = torch.zeros(1, device="cuda")
+    empty = torch.zeros(1, device=gpu.DEVICE)
     return SampleRows(
         column(temperature, torch.float32),
         column(top_k, torch.int32),
         column(top_p, torch.float32),
         column(float("-inf"), torch.float32),
-        torch.randint(0, 2**31, (rows, 2), dtype=torch.int32, device="cuda"),
-        torch.zeros(rows + 1, dtype=torch.int32, device="cuda"),
+        torch.randint(0, 2**31, (rows, 2), dtype=torch.int32, device=gpu.DEVICE),
+        torch.zeros(rows + 1, dtype=torch.int32, device=gpu.DEVICE),
         empty.int(),
         empty,
         empty,
@@ -174,7 +228,15 @@ def sample_rows(rows: int, temperature: float, top_k: int, top_p: float) -> Samp
     )
 
 
-GROUPS = {"decode": decode, "prefill": prefill, "small": small, "copy": copies, "sampling": sampling}
+GROUPS = {
+    "decode": decode,
+    "prefill": prefill,
+    "shared": shared,
+    "small": small,
+    "products": products,
+    "copy": copies,
+    "sampling": sample_figures,
+}
 
 
 def main() -> None:
