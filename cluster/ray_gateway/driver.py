@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing large goes through it
 CONTROLLER_TIMEOUT_S = 60.0  # to be placed and started
 RELEASE_TIMEOUT_S = 30.0  # to end all replicas
+LOCAL_STARTS = 3  # of Ray, which gives its own node 30 s and then up: too few on a machine with too much to do
 LOCAL_CPUS = 4  # at least; they are only Ray's bookkeeping
 HASH_KEY_BYTES = 32
 
@@ -142,11 +143,18 @@ def start_ray(options: QuireOptions) -> None:
     if options.cluster.ray_address is not None:
         join(options)
         return
-    ray.init(
-        address="local",
-        namespace=options.cluster.namespace,
-        num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1, options.cluster.replicas * options.engine.parallel.tp),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-    )
+    for left in reversed(range(LOCAL_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                namespace=options.cluster.namespace,
+                num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1, options.cluster.replicas * options.engine.parallel.tp),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray did not start in the time that it gives itself; it is started again")

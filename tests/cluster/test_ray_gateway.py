@@ -20,7 +20,7 @@ import ray
 from quire.cluster import ray_gateway
 from quire.cluster.admin import ClusterStatus, UnknownReplica
 from quire.cluster.controller import ReplicaState
-from quire.cluster.ray_gateway.driver import with_threads
+from quire.cluster.ray_gateway.driver import start_ray, with_threads
 from quire.cluster.remote_client import RemoteEngineClient, RemoteStream
 from quire.worker.config import CacheOptions, ClusterOptions, EngineOptions, ModelOptions, ParallelOptions, QuireOptions
 from quire.worker.protocol import GenerateRequest, ReplicaLost, SamplingParams
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 from tiny_server import save_tiny_model
 
 pytestmark = pytest.mark.ray
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 
 NAMESPACE = "gateway-test"
@@ -219,3 +219,18 @@ def test_ranks_of_a_local_ray_share_the_cores(replicas: int, tp: int, cores: int
     assert with_threads(options, cores).engine.model.threads == threads
     joined = replace(options, cluster=replace(options.cluster, ray_address="auto"))
     assert with_threads(joined, cores).engine.model.threads == given
+
+
+@pytest.mark.parametrize(("late", "tries"), [(1, 2), (9, 3)])
+def test_a_ray_that_is_not_up_in_its_own_time_is_started_again(late: int, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def init(address: str, **how: object) -> None:
+        seen.append(address)
+        if len(seen) <= late:
+            raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with contextlib.nullcontext() if late < tries else pytest.raises(RuntimeError, match="timed out"):
+        start_ray(QuireOptions())
+    assert seen == ["local"] * tries
