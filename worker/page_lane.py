@@ -58,12 +58,22 @@ class Lane:
         self._ended = ended
         self._work = work
         self._failure: str | None = None
+        self._given_up: set[int] = set()
+        self._over = threading.Condition()
+        self._last = -1  # the latest move that is over here
         self._queue: queue.SimpleQueue[tuple[Move, Ready] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def put(self, move: Move, ready: Ready) -> None:
         """Carry out `move` inside `ready`, when what stands before it is done."""
         self._queue.put((move, ready))
+
+    def give_up(self, move: int, timeout_s: float) -> bool:
+        """End a move that was put in, and on a link all others; whether it is over within that time, also if it was before."""
+        self._given_up.add(move)
+        self._work.stop()
+        with self._over:
+            return self._over.wait_for(lambda: self._last >= move, timeout_s)
 
     def close(self) -> None:
         """Nothing is begun any more; what is under way on a link ends with an error."""
@@ -85,6 +95,8 @@ class Lane:
     def _carry(self, move: Move, ready: Ready) -> None:
         started_s = time.monotonic()
         pages, error = 0, self._failure
+        if move.move in self._given_up:
+            error = error or "it was given up"
         if error is None:
             try:
                 with ready():
@@ -97,6 +109,9 @@ class Lane:
                 if move.link:
                     self._failure = self._failure or error
                     self._work.stop()
+        with self._over:  # what this rank does of it; the leader goes on to ask the others
+            self._last = move.move
+            self._over.notify_all()
         self._ended(Moved(move.move, 0 if error else pages, time.monotonic() - started_s, error))
 
 

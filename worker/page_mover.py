@@ -21,6 +21,7 @@ from .strict_wire import pack, unpack
 
 RANKS_TIMEOUT_S = 60.0  # until every rank has carried out a move that this one has
 RANKS_POLL_S = 0.001
+FENCE_TIMEOUT_S = 30.0  # for what this rank still does of a move that was given up
 
 
 class Reports(Protocol):
@@ -73,6 +74,7 @@ class PageMover:
         self._wake: Callable[[], None] = lambda: None
         self._links: dict[str, Lane] = {}
         self._copies: Lane | None = None
+        self._carried: dict[int, Lane] = {}  # moves that have not ended on this rank
 
     def watch(self, wake: Callable[[], None]) -> None:
         """As `engine.Runner.watch`."""
@@ -86,7 +88,15 @@ class PageMover:
         return tuple(found)
 
     def start(self, plan: StepPlan) -> None:
-        """Open links, start moves and close links as `plan` says, after everything that earlier steps write."""
+        """Open links, start moves and close links as `plan` says, after everything that earlier steps write.
+
+        Raises:
+            RuntimeError: a move that the other ranks have given up does not end here, so nobody can say what it will still write.
+        """
+        for given_up in plan.fenced:
+            late = self._carried.get(given_up)
+            if late is not None and not late.give_up(given_up, FENCE_TIMEOUT_S):
+                raise RuntimeError(f"move {given_up} was given up {FENCE_TIMEOUT_S:g} s ago and has not ended on rank {self._place.rank}")
         for end in plan.links:
             self._links[end.link] = Lane(f"link-{end.link}", self._end, self._ends(end))
         if plan.moves:
@@ -97,6 +107,7 @@ class PageMover:
                     moved = Moved(move.move, error=f"there is no link {move.link!r}")
                     threading.Thread(target=self._end, args=(moved,), name="page-moves-nowhere", daemon=True).start()
                 else:
+                    self._carried[move.move] = lane
                     lane.put(move, ready)
         for link in plan.closed:
             closing = self._links.pop(link, None)
@@ -137,6 +148,7 @@ class PageMover:
     def _end(self, moved: Moved) -> None:
         """A move has ended on this rank; called on its lane."""
         place = self._place
+        self._carried.pop(moved.move, None)
         if place.reports is not None:
             try:
                 if place.rank:

@@ -1,6 +1,6 @@
 """The page moves of one replica: which have been asked for, which are under way, and which pages they touch. Pure.
 
-    start -> (next plan) under way -> ended -> (next plan) settled
+    start -> (next plan) under way -> ended; if it failed -> (next plan) fenced
 
 Whoever starts a move is told of its end, once. Until then its pages are safe from reuse: the pages that OUT and SEND read are held
 here; those that IN and RECEIVE write were reserved by whoever started the move, and stay so until its end, even when nobody wants them
@@ -25,7 +25,7 @@ class MovePlan(NamedTuple):
     """What one plan says of moves; the fields are `StepPlan`'s."""
 
     moves: tuple[Move, ...]
-    settled: tuple[int, ...]
+    fenced: tuple[int, ...]
     links: tuple[LinkEnd, ...]
     closed: tuple[str, ...]
 
@@ -46,7 +46,7 @@ class PageMoves:
         self._next = 0
         self._under_way: dict[int, tuple[Move, Callable[[Moved], None]]] = {}
         self._moves: list[Move] = []
-        self._settled: list[int] = []
+        self._fenced: list[int] = []
         self._links: list[LinkEnd] = []
         self._closed: list[str] = []
         self._speeds = {kind: _Speed() for kind in MoveKind}
@@ -55,7 +55,7 @@ class PageMoves:
     def start(
         self, kind: MoveKind, pages: Sequence[int], done: Callable[[Moved], None], host_pages: Sequence[int] = (), link: str = ""
     ) -> int:
-        """Start a move with the next plan; its number. `done` is called when it has ended, before the plan that settles it."""
+        """Start a move with the next plan; its number. `done` is called when it has ended, before the next plan."""
         move = Move(self._next, kind, tuple(pages), tuple(host_pages), link)
         self._next += 1
         if kind in READS:
@@ -76,9 +76,10 @@ class PageMoves:
         """These moves have ended on every rank."""
         for moved in some:
             move, done = self._under_way.pop(moved.move)
-            self._settled.append(moved.move)
             if moved.error is None:
                 self._count(move.kind, moved)
+            else:
+                self._fenced.append(moved.move)
             done(moved)
             if move.kind in READS:
                 self._pool.release(move.pages)
@@ -113,8 +114,8 @@ class PageMoves:
 
     def take(self) -> MovePlan:
         """What the plan that is being made says of moves; told once."""
-        plan = MovePlan(tuple(self._moves), tuple(self._settled), tuple(self._links), tuple(self._closed))
-        for some in (self._moves, self._settled, self._links, self._closed):
+        plan = MovePlan(tuple(self._moves), tuple(self._fenced), tuple(self._links), tuple(self._closed))
+        for some in (self._moves, self._fenced, self._links, self._closed):
             some.clear()
         return plan
 

@@ -4,7 +4,7 @@ A plan is ordered and frozen. Sequences that the runner has not seen travel whol
 difference (pages they gained). Token values sampled in a step stay with the runner, so a plan never waits for them.
 
 Pages also travel: to host memory and back, to another replica and from one. Such a move is started by one plan, goes on beside the
-steps that follow, and is settled by a later plan, which is the first that may use what it has brought, or reuse what it has left.
+steps that follow, and has ended on every rank before a plan uses what it has brought, or reuses what it has left.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Moved(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """One step for every rank. Order of work: settled, forget, copies, links, moves, closed, new, pages, rows.
+    """One step for every rank. Order of work: fenced, forget, copies, links, moves, closed, new, pages, rows.
 
     There may be no rows: then it only moves pages.
     """
@@ -88,7 +88,7 @@ class StepPlan(NamedTuple):
     copies: tuple[tuple[int, int], ...]  # (source page, destination page), before anything is written
     forget: tuple[int, ...]  # sequences that ended or were preempted since the last plan
     moves: tuple[Move, ...] = ()  # that start, after everything that earlier steps have written
-    settled: tuple[int, ...] = ()  # moves that have ended: from this step on their pages are used, so a rank that is late waits for them
+    fenced: tuple[int, ...] = ()  # moves that failed: from this step on their pages are used, so a rank that is late with one ends it first
     links: tuple[LinkEnd, ...] = ()  # to open
     closed: tuple[str, ...] = ()  # links to close, after what has been started on them
 

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 def pack_step(plan: StepPlan, sampled: tuple[int, ...]) -> bytes:
     """A step to compute."""
     new = [(*n[:4], [getattr(n.params, name) for name in _PARAMS], n.seed) for n in plan.new]
-    moves = [plan.moves, plan.settled, plan.links, plan.closed]
+    moves = [plan.moves, plan.fenced, plan.links, plan.closed]
     message = [plan.step, plan.rows, new, plan.pages, plan.copies, plan.forget, moves, sampled]
     return packb(message)
 
@@ -53,7 +53,7 @@ def unpack(data: bytes) -> Step | None:
     if raw == ():
         return None
     step, rows, new, pages, copies, forget, moving, sampled = _array("message", raw, 8)
-    moves, settled, links, closed = _array("moving", moving, 4)
+    moves, fenced, links, closed = _array("moving", moving, 4)
     plan = StepPlan(
         _integer("step", step),
         tuple(map(_row, _array("rows", rows))),
@@ -62,7 +62,7 @@ def unpack(data: bytes) -> Step | None:
         tuple((source, target) for source, target in (_integers("copies", c, 2) for c in _array("copies", copies))),
         _integers("forget", forget),
         tuple(map(_move, _array("moves", moves))),
-        _integers("settled", settled),
+        _integers("fenced", fenced),
         tuple(map(_link, _array("links", links))),
         _strings("closed", closed),
     )

@@ -21,8 +21,8 @@ LAYERS, PAGE_SIZE, DIM, PAGES = 3, 4, 8, 6
 WAIT_S = 30.0
 
 
-def plan(*moves: Move, links: tuple[LinkEnd, ...] = (), closed: tuple[str, ...] = ()) -> StepPlan:
-    return StepPlan(0, (), (), (), (), (), moves, (), links, closed)
+def plan(*moves: Move, links: tuple[LinkEnd, ...] = (), closed: tuple[str, ...] = (), fenced: tuple[int, ...] = ()) -> StepPlan:
+    return StepPlan(0, (), (), (), (), (), moves, fenced, links, closed)
 
 
 class Rank:

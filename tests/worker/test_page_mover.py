@@ -14,11 +14,12 @@ import pytest
 import torch
 from movers import CPU, PAGES, WAIT_S, connect, plan, replicas
 
-from quire.worker import page_channel, page_link, page_mover
+from quire.worker import page_channel, page_lane, page_link, page_mover
 from quire.worker.page_channel import Channel, LinkBroken
 from quire.worker.page_link import Hello, Listener, dial
 from quire.worker.plan import LinkEnd, Move, MoveKind
 from quire.worker.rendezvous import LOOPBACK, listen
+from quire.worker.reslice import Share
 
 # --- host memory ---
 
@@ -328,3 +329,53 @@ def test_the_same_pair_cannot_come_twice() -> None:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     listener.close()
+
+
+def test_a_rank_that_is_late_with_a_move_that_was_given_up_writes_nothing_after_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    send = page_lane.Ends._send
+
+    def late(ends: page_lane.Ends, share: Share, channel: Channel, pages: tuple[int, ...]) -> None:
+        assert share.target == 0 or gate.wait(WAIT_S)
+        send(ends, share, channel, pages)
+
+    monkeypatch.setattr(page_lane.Ends, "_send", late)
+    monkeypatch.setattr(page_mover, "RANKS_TIMEOUT_S", 0.05)
+    with replicas((2, 1), (2, 2)) as (source, target):
+        connect(source, target)
+        target.start(plan(Move(3, MoveKind.RECEIVE, (4,), link="r/0/nonce")))
+        source.start(plan(Move(0, MoveKind.SEND, (1,), link="r/0/nonce")))
+        (moved,) = target.ended()
+        assert "a rank has not moved its pages" in (moved.error or "")
+        target.start(plan(fenced=(3,)))
+        pool = target.ranks[1].kv.pool
+        pool[4] = 7.0  # it is somebody else's now
+        gate.set()
+        assert source.ended()[0].error is not None
+        target.start(plan(closed=("r/0/nonce",)))
+        assert bool((pool[4] == 7.0).all())
+
+
+def test_a_copy_that_was_given_up_is_waited_for_and_those_behind_it_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    with replicas((2, 1)) as (one,):
+        kv = one.ranks[0].kv
+        copy = kv.copy_out
+
+        def slow(pages: tuple[int, ...], host_pages: tuple[int, ...]) -> None:
+            begun.set()
+            assert gate.wait(WAIT_S)
+            copy(pages, host_pages)
+
+        monkeypatch.setattr(kv, "copy_out", slow)
+        monkeypatch.setattr(page_mover, "FENCE_TIMEOUT_S", 0.05)
+        moves = [Move(i, MoveKind.OUT, (i,), (i,)) for i in range(3)]
+        one.start(plan(*moves))
+        assert begun.wait(WAIT_S)
+        with pytest.raises(RuntimeError, match="move 0 was given up"):
+            one.start(plan(fenced=(0,)))
+        with pytest.raises(RuntimeError, match="move 1 was given up"):  # it has not even begun
+            one.start(plan(fenced=(1,)))
+        gate.set()
+        assert [moved.error for moved in one.ended(3)] == [None, "it was given up", None]
+        one.start(plan(fenced=(0, 1)))

@@ -1,4 +1,4 @@
-"""Page moves: told once, held as long as they read, settled by the plan after their end."""
+"""Page moves: told once, held as long as they read, and fenced off by the next plan when they have failed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quire.worker.page_pool import PagePool, PoolCorrupt
 from quire.worker.plan import LinkEnd, Move, Moved, MoveKind
 
 
-def test_a_move_is_told_once_and_settled_by_the_plan_after_its_end() -> None:
+def test_a_move_is_told_once_and_the_next_plan_names_it_when_it_has_failed() -> None:
     pool = PagePool(4, 2)
     moves = PageMoves(pool)
     heard: list[Moved] = []
@@ -25,8 +25,13 @@ def test_a_move_is_told_once_and_settled_by_the_plan_after_its_end() -> None:
     moves.ended([Moved(0, 2, 0.5)])
     assert heard == [Moved(0, 2, 0.5)]
     assert not moves.under_way()
-    assert moves.take().settled == (0,)
-    assert moves.take().settled == ()
+    assert moves.take().fenced == ()
+    moves.start(MoveKind.OUT, pages, heard.append, host_pages=(7, 8))
+    moves.take()
+    moves.ended([Moved(1, error="no")])
+    assert not moves.pending()
+    assert moves.take().fenced == (1,)
+    assert moves.take().fenced == ()
 
 
 @pytest.mark.parametrize(("kind", "held"), [(MoveKind.OUT, 2), (MoveKind.SEND, 2), (MoveKind.IN, 1), (MoveKind.RECEIVE, 1)])

@@ -23,7 +23,7 @@ PLAN = StepPlan(
     copies=((1, 2),),
     forget=(9, 8),
     moves=(Move(4, MoveKind.OUT, (1, 2), (3, 4)), Move(5, MoveKind.RECEIVE, (6,), (), "a-b")),
-    settled=(2, 3),
+    fenced=(2, 3),
     links=(LinkEnd("a-b", 2, ()), LinkEnd("b-a", 1, ("10.0.0.1:5",))),
     closed=("c",),
 )

@@ -48,7 +48,6 @@ def test_a_sequence_leaves_whole_and_comes_back_with_every_page() -> None:
     second = scheduler.waiting[0]
     assert (second.kept.computed, second.kept.pages, second.pages) == (11, [0, 1, 2], [])
     plan = step(engine)
-    assert plan.settled == (0,)
     assert plan.rows == (Row(0, 12, 1, True),)
     while not (plan := step(engine)).moves:
         assert scheduler.waiting == [second]
@@ -58,7 +57,6 @@ def test_a_sequence_leaves_whole_and_comes_back_with_every_page() -> None:
     assert scheduler.pool.counts().reserved == 3
     assert scheduler.host.pages.counts().active == 3
     plan = step(engine)
-    assert plan.settled == (1,)
     assert plan.rows == (Row(1, 11, 1, True),)  # nothing is computed again
     assert [new.pages for new in plan.new] == [(0, 1, 4)]
     assert scheduler.host.pages.counts().free == 8
