@@ -153,20 +153,6 @@ class KVStore:
         for first in range(0, len(pages), most):
             yield pages[first : first + most]
 
-    def read_page(self, page: int) -> Tensor:
-        """A copy of the page, contiguous, on the pool's device: [kv_heads, layers, 2, page_size, head_dim]."""
-        return self.pool[page].clone()
-
-    def write_page(self, page: int, data: Tensor) -> None:
-        """The inverse of `read_page`; `data` may be on another device.
-
-        Raises:
-            ValueError: the shape or the type is not a page's.
-        """
-        if tuple(data.shape) != self.shape.dims or data.dtype != self.pool.dtype:
-            raise ValueError(f"a page is {self.shape.dims} {self.pool.dtype}, got {tuple(data.shape)} {data.dtype}")
-        self.pool[page].copy_(data)
-
 
 def copy_with_kernel(pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
     """Copy (source, destination) pages, none of which is both, beside whatever else the device does: no memory is taken for it."""

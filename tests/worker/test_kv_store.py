@@ -28,7 +28,7 @@ def test_layer_views_reach_the_same_memory() -> None:
     layer = store.layer(2)
     assert layer.shape == (6, 2, 2, 4, 8)
     layer[5, 1, 0, 3] = -1.0
-    assert bool((store.read_page(5)[1, 2, 0, 3] == -1).all())
+    assert bool((store.pool[5, 1, 2, 0, 3] == -1).all())
     assert int((store.pool == -1).sum()) == 8
 
 
@@ -75,19 +75,3 @@ def test_some_heads_of_pages_are_packed_and_unpacked(staged_pages: int, single: 
     assert torch.equal(other.pool[[1, 7, 2], 0], store.pool[[6, 0, 3], 1])
     assert not other.pool[:, 1].any()
     assert not other.pool[[0, 3, 4, 5, 6]].any()
-
-
-def test_pages_leave_and_come_back() -> None:
-    store, other = numbered(), KVStore(SHAPE, 3, "cpu")
-    page = store.read_page(4)
-    other.write_page(1, page)
-    assert torch.equal(other.pool[1], store.pool[4])
-    assert not other.pool[0].any()
-    page.zero_()  # a copy, not a view
-    assert store.pool[4].any()
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 2, 4, 4), torch.zeros(2, 3, 2, 4, 8, dtype=torch.float16), torch.zeros(1)])
-def test_what_is_not_a_page_is_refused(wrong: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="a page is"):
-        KVStore(SHAPE, 3, "cpu").write_page(0, wrong)
