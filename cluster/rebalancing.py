@@ -26,10 +26,8 @@ from .policies import ReplicaSnapshot
 COOLDOWN_S = 5.0
 FRESH_S = 30.0  # a replica is new for so long
 MIN_GAP = 0.15  # of a pool: smaller gaps are not worth a move
-HEADROOM = 0.1  # of a pool, kept beside what is urgent; below it a replica may send victims elsewhere
-RELIEF_SHARE = 0.25  # of a pool that must be left where they go
+HEADROOM = 0.1  # of a pool, kept beside what is urgent, and where victims go; below it a replica may send victims elsewhere
 MOVES_PER_ROUND = 4  # by one policy, drain and disaggregate left out
-HANDSHAKE_S = 0.05  # of a migration, beside its bytes
 
 
 class Role(StrEnum):
@@ -169,16 +167,23 @@ def plan(
 
 
 def relief(places: Iterable[Place]) -> dict[Route, Relief | None]:
-    """For each replica, where a victim of its lack of pages may go; None: nowhere. Nobody relieves two."""
+    """For each replica, where a victim of its lack of pages may go, and how large it may be; None: nowhere. Nobody relieves two.
+
+    Under load everybody is nearly full, so a little more room elsewhere is worth a move: whether a victim fits, the replica sees.
+    """
     known = sorted(places, key=_usage)
-    roomy = [p for p in known if not p.draining and p.left >= RELIEF_SHARE * p.total and p.seats > 0]
+    roomy = [p for p in known if not p.draining and p.role is not Role.PREFILL and _spare(p) > 0 and p.seats > 0]
     found: dict[Route, Relief | None] = {}
     for p in reversed(known):
         found[p.route] = None
-        if p.left < HEADROOM * p.total and roomy and roomy[0].route != p.route:
+        if p.left < HEADROOM * p.total and roomy and p.usage - roomy[0].usage >= MIN_GAP:
             other = roomy.pop(0)
-            found[p.route] = Relief(other.route, other.left - int(HEADROOM * other.total))
+            found[p.route] = Relief(other.route, _spare(other))
     return found
+
+
+def _spare(p: Place) -> int:
+    return p.left - int(HEADROOM * p.total)
 
 
 class _Books:

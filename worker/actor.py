@@ -237,15 +237,17 @@ class ReplicaActor:
         return tuple(result)
 
     @ray.method(concurrency_group="control")
-    async def relieve(self, actor: str, replica_id: str, epoch: int, pages: int, handshake_s: float) -> None:
+    async def relieve(self, actor: str, replica_id: str, epoch: int, pages: int) -> None:
         """A victim of a lack of pages may go to that replica, which has so many to spare; nowhere, when `actor` is empty."""
         if self._loop is not None:
-            self._loop.relief(Peer(actor, replica_id, epoch) if actor else None, pages, handshake_s)
+            self._loop.relief(Peer(actor, replica_id, epoch) if actor else None, pages)
 
     @ray.method(concurrency_group="control")
     async def drain(self, on: bool) -> None:
         """This replica is to be empty, or no longer. It remembers that for a controller that begins anew."""
         self._draining = on
+        if self._loop is not None:
+            self._loop.drain(on)
 
     @ray.method(concurrency_group="control")
     async def migration(self, data: bytes) -> None:
@@ -334,6 +336,7 @@ class ReplicaActor:
             if self._otlp_endpoint is not None:
                 self._engine.spans = SequenceSpans(Tracing(self._otlp_endpoint, {"service.instance.id": self._replica_id}))
             loop = EngineLoop(self._engine, self._replica_id, self._epoch, on_death=self._died, mail=self._mail())
+            loop.drain(self._draining)
             loop.start()
             self._loop = loop
             Watchdog(self._options.parallel.step_timeout_s, loop.step_s, self._hung)

@@ -10,6 +10,7 @@ from .page_pool import PagePool
 from .pressure import Action, Decision, give_way, make_way
 from .sequence import Sequence
 from .station import Station
+from .swapping import Origin
 
 ANY = 2**31  # above every priority
 
@@ -63,6 +64,7 @@ class Admission(Station):
     def _give_way(self, victim: Sequence, decision: Decision) -> None:
         self._below = min(self._below, victim.priority)
         victim.decision = self.decisions.add(self.counters.steps, victim, decision)
+        victim.lost_tokens = decision.lost_tokens
         match decision.action:
             case Action.SWAP:
                 self._swap_out(victim)
@@ -109,6 +111,7 @@ class Admission(Station):
             needed = self.pool.pages_for(len(s.tokens)) - len(shared) + origin.shares_tail + self.pool.cached_among(shared)
             if not room.holds(needed) and not self._make_way(room, s, needed, shared):
                 return
+            self._learn(s, origin)
             if origin.host_pages:
                 self._arrive(s, origin)
             else:
@@ -122,6 +125,13 @@ class Admission(Station):
             room.places -= 1
             room.pages -= needed
             room.growing += self._may_grow(s)
+
+    def _learn(self, s: Sequence, origin: Origin) -> None:
+        """How much of what `s` dropped when it gave way has to be computed again, or would have to be, had it not been swapped out."""
+        if s.lost_tokens:
+            found = origin if s.kept is None else origin.on_device(self.pool.page_size)
+            self.decisions.came_back(s.lost_tokens, max(s.recompute_until - found.computed, 0))
+            s.lost_tokens = 0
 
     def _make_way(self, room: _Room, s: Sequence, needed: int, shared: list[int]) -> bool:
         """Let lower priorities give way for `s`, the head of those that wait; whether `room`, counted anew, then holds it at once."""

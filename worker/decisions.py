@@ -10,6 +10,7 @@ from .pressure import Action, Decision
 from .sequence import Sequence
 
 RECENT = 256  # decisions that are remembered one by one
+DECAY = 0.9  # of what earlier sequences weigh in `again`, with each that comes back
 
 
 @dataclass(slots=True)
@@ -40,6 +41,17 @@ class Decisions:
         self.counts = {action.value: 0 for action in Action}
         self.predicted_s = dict.fromkeys(self.counts, 0.0)
         self.actual_s = dict.fromkeys(self.counts, 0.0)
+        self._lost = self._again = 0.0  # tokens, decayed sums
+
+    @property
+    def again(self) -> float:
+        """The share of the tokens of dropped pages that has to be computed again; 1.0 until it has been seen once."""
+        return self._again / self._lost if self._lost else 1.0
+
+    def came_back(self, lost: int, again: int) -> None:
+        """Of a sequence that gave way, `lost` tokens were dropped, or would have been, and `again` of them were not found any more."""
+        self._lost = DECAY * self._lost + lost
+        self._again = DECAY * self._again + min(again, lost)
 
     def add(self, step: int, s: Sequence, decision: Decision) -> Record:
         """`decision` is carried out on `s`."""

@@ -154,10 +154,15 @@ class EngineLoop:
         self._ask(partial(self._migrate, request_id, to, fill, answer)).add_done_callback(partial(_pass_on_error, answer))
         return answer
 
-    def relief(self, to: Peer | None, pages: int, handshake_s: float) -> None:
+    def relief(self, to: Peer | None, pages: int) -> None:
         """Where a victim may go when pages run out here, until told otherwise: to `to`, which has so many pages to spare; None: nowhere."""
         if self._migrator is not None:
-            self._post(partial(self._migrator.set_relief, to, pages, handshake_s))
+            self._post(partial(self._migrator.set_relief, to, pages))
+
+    def drain(self, on: bool) -> None:
+        """Requests only leave for other replicas, and none arrives; or that is over."""
+        if self._migrator is not None:
+            self._post(partial(self._migrator.drain, on))
 
     def heard(self, data: bytes) -> None:
         """A message from another replica's `Mail.send`."""

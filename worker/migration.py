@@ -92,7 +92,7 @@ class SourceMigration:
         shipping: of all migrations from here.
         say: gives a message to `to`.
 
-    `result` is None until it is over.
+    `result` is None until it is over; `took_s` is how long it took, from the offer on, if it went well.
     """
 
     def __init__(self, name: str, request_id: str, to: Peer, cargo: Cargo, shipping: Shipping, say: Say) -> None:
@@ -100,6 +100,7 @@ class SourceMigration:
         self.request_id = request_id
         self.to = to
         self.result: MigrationResult | None = None
+        self.took_s = 0.0
         self.state = Source.OFFERED
         self._cargo = cargo
         self._moves, self._page_bytes, self._budget, self._tell_reader = shipping
@@ -242,6 +243,7 @@ class SourceMigration:
         self._tell(Commit(self._cargo.commit(), self._pages, self._round, self._cargo.ended_tokens), now_s)
 
     def _moved(self, now_s: float) -> None:
+        self.took_s = now_s - self._began_s
         self._tell_reader(self._cargo.leave((self.to.replica_id, self.to.epoch)))
         self._end(self._cargo.outcome, "", now_s - self._frozen_s)
 

@@ -95,6 +95,7 @@ class Migrator:
         self._arriving: dict[str, tuple[DestinationMigration, Peer]] = {}
         self._over: dict[str, tuple[SourceMigration | DestinationMigration, float]] = {}  # oldest first, with the time of its end
         self._relief: Peer | None = None
+        self._draining = False
 
     @property
     def busy(self) -> bool:
@@ -153,10 +154,14 @@ class Migrator:
                 arrival.source_died()
         self.advance()
 
-    def set_relief(self, to: Peer | None, pages: int, handshake_s: float) -> None:
+    def drain(self, on: bool) -> None:
+        """Nothing arrives any more from now on, but what is on its way; or that is over."""
+        self._draining = on
+
+    def set_relief(self, to: Peer | None, pages: int) -> None:
         """From now on a victim of a lack of pages may go to `to`, which has so many to spare; with None it may not."""
         self._relief = to
-        self._engine.scheduler.relief = None if to is None else Relief(to.replica_id, pages, handshake_s)
+        self._engine.scheduler.relief = None if to is None else Relief(to.replica_id, pages)
 
     def abandon(self) -> None:
         """The engine is gone: nobody is left waiting for an answer. Whoever hears nothing any more finds out by its lease."""
@@ -245,6 +250,10 @@ class Migrator:
         try:
             if offer.format != self._engine.page_format:
                 raise Unfit(f"its pages are {offer.format}, not {self._engine.page_format}")
+            if self._draining:
+                raise Unfit("it is to be empty")
+            if offer.pages and not self._engine.runner.addresses():
+                raise Unfit("it takes no pages from others")
             if len(self._arriving) >= self._at_once:
                 raise Unfit(f"{len(self._arriving)} requests arrive already")
             berth = Berth(scheduler, name, offer, Arrivals(self._engine, self._streams, source))
@@ -269,6 +278,8 @@ class Migrator:
             if migration.result is not None:
                 del self._leaving[name]
                 self._over[name] = migration, now_s
+                if migration.result.outcome is Outcome.MOVED:
+                    self._engine.scheduler.migrated(migration.result.pages, migration.took_s)
                 for done in waiting:
                     done(migration.result)
         for name, (arrival, _) in list(self._arriving.items()):

@@ -4,7 +4,7 @@ Pages that nobody holds (free, then the oldest cached prefixes) are always taken
 anything. Beyond them somebody gives way, in one of four ways, each with a price in seconds from speeds that were measured here:
 
     wait       the one in need misses steps, until pages come back that are leaving already, or a neighbour ends: steps / running
-    recompute  the victim's pages are dropped: tokens that cannot be found again / prefill tokens/s
+    recompute  the victim's pages are dropped: tokens that are dropped x share that is not found again / prefill tokens/s
     swap       they go to host memory and come back: (queue out + pages out) / pages/s + (queue in + pages in) / pages/s
     migrate    it goes on elsewhere: pages / link pages/s + hand-shake
 
@@ -59,6 +59,8 @@ class Costs(NamedTuple):
     out_queue: int = 0  # pages that are on their way out
     in_queue: int = 0
     link_pages_per_s: float = 0.0
+    handshake_s: float = 0.0  # of a migration, beside its pages
+    again: float = 1.0  # share of what is dropped that has to be computed again: the prefix cache finds the rest when its turn comes
 
 
 class Relief(NamedTuple):
@@ -66,7 +68,6 @@ class Relief(NamedTuple):
 
     destination: str
     pages: int
-    handshake_s: float
 
 
 class Candidate(NamedTuple):
@@ -75,7 +76,7 @@ class Candidate(NamedTuple):
     victim: Sequence
     frees: int  # pages that it alone owns
     pages: int  # that hold something
-    lost_tokens: int  # that would have to be computed again
+    lost_tokens: int  # that would be dropped: in pages that nobody else holds, and host memory has not
     out_pages: int | None  # that host memory lacks; None: it has no room, or it would not help
     remaining: int  # tokens until its end, at most
     returned: bool  # only just
@@ -96,6 +97,7 @@ class Decision(NamedTuple):
     action: Action
     reason: Reason
     predicted_s: float = 0.0
+    lost_tokens: int = 0  # as in `Candidate`
 
 
 def relieve(
@@ -139,7 +141,7 @@ def give_way(candidate: Candidate, costs: Costs, mode: str = DECIDE, relief: Rel
     else:
         action = min(found, key=lambda a: found[a])
         reason = Reason.CHEAPEST if len(found) > 1 else Reason.ONLY
-    return Decision(action, reason, found[action])
+    return Decision(action, reason, found[action], candidate.lost_tokens)
 
 
 def prices(candidate: Candidate, costs: Costs, relief: Relief | None) -> dict[Action, float]:
@@ -150,8 +152,8 @@ def prices(candidate: Candidate, costs: Costs, relief: Relief | None) -> dict[Ac
             costs.in_queue + candidate.frees, costs.in_pages_per_s
         )
     if relief is not None and relief.pages >= candidate.pages:
-        found[Action.MIGRATE] = _seconds(candidate.pages, costs.link_pages_per_s) + relief.handshake_s
-    found[Action.RECOMPUTE] = _seconds(candidate.lost_tokens, costs.prefill_tokens_per_s)
+        found[Action.MIGRATE] = _seconds(candidate.pages, costs.link_pages_per_s) + costs.handshake_s
+    found[Action.RECOMPUTE] = _seconds(candidate.lost_tokens * costs.again, costs.prefill_tokens_per_s)
     return found
 
 

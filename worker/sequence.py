@@ -73,6 +73,7 @@ class Sequence:
         arrival: its pages while it is ARRIVING.
         safe_until: tokens until which it counts as just come back from host memory.
         decision: the latest about it, which its costs are charged to.
+        lost_tokens: that went with its pages when it gave way, as far as its turn has not come since.
     """
 
     seq: int
@@ -99,6 +100,7 @@ class Sequence:
     arrival: Arrival | None = None
     safe_until: int = 0
     decision: Record | None = None
+    lost_tokens: int = 0
 
     @property
     def num_output(self) -> int:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .decisions import Record
 from .events import Speeds
 from .page_hash import token_bytes
+from .page_moves import DECAY
 from .page_pool import Content, PagePool
 from .plan import Moved, MoveKind
 from .pressure import Costs, Relief, worth_bringing
@@ -63,6 +64,7 @@ class Swapping(Roster):
         self.speeds = Speeds()
         self.relief: Relief | None = None  # set by whoever knows the other replicas
         self._emigrants: list[str] = []  # those that nobody has been told of
+        self._handshake_s = 0.0
 
     def costs(self) -> Costs:
         """How fast things are here, as measured."""
@@ -75,6 +77,8 @@ class Swapping(Roster):
             moves.queued(MoveKind.OUT),
             moves.queued(MoveKind.IN),
             moves.pages_per_s(MoveKind.SEND),
+            self._handshake_s,
+            self.decisions.again,
         )
 
     # --- leaving ---
@@ -94,9 +98,17 @@ class Swapping(Roster):
         self.emigrants.pop(request_id, None)
         self.relief = None
 
+    def migrated(self, pages: int, seconds: float) -> None:
+        """A migration of so many pages, which has gone well, took so long in all."""
+        speed = self.moves.pages_per_s(MoveKind.SEND)
+        handshake_s = max(seconds - (pages / speed if speed else 0.0), 0.0)
+        self._handshake_s = DECAY * self._handshake_s + (1 - DECAY) * handshake_s if self._handshake_s else handshake_s
+
     def _emigrate(self, s: Sequence, record: Record) -> None:
         self.emigrants[s.request_id] = record
         self._emigrants.append(s.request_id)
+        if self.relief is not None:  # the next victim finds less room there
+            self.relief = self.relief._replace(pages=self.relief.pages - len(s.pages))
 
     def contents(self, s: Sequence) -> list[Content | None]:
         """What the pages of `s` hold that something has been computed into."""

@@ -18,7 +18,7 @@ from ..controller import DRAINED, Controller, ReplicaState
 from ..global_scheduler import GlobalScheduler
 from ..messages import Route
 from ..mobility import Mobility, Outcome, by_hand
-from ..rebalancing import HANDSHAKE_S, Move, Need, Place, Relief, Role, relief
+from ..rebalancing import Move, Need, Place, Relief, Role, relief
 from ..routing import Router
 from .calls import LifeName, answer
 from .lives import Life
@@ -166,10 +166,10 @@ class Movers:
             life = self._lives.get(LifeName(*route))
             if life is not None and where is not None:
                 destination = LifeName(*where.destination)
-                life.leader.relieve.remote(str(destination), *destination, where.pages, HANDSHAKE_S)
+                life.leader.relieve.remote(str(destination), *destination, where.pages)
                 self._reliefs[route] = where
             elif life is not None and self._reliefs.pop(route, None) is not None:
-                life.leader.relieve.remote("", "", 0, 0, 0.0)
+                life.leader.relieve.remote("", "", 0, 0)
 
     # --- moves ---
 

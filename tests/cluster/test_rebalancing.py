@@ -153,5 +153,9 @@ def test_a_place_is_what_routing_knows_less_what_is_leaving() -> None:
 def test_relief_is_where_there_is_room_and_for_one_alone() -> None:
     places = [at(A, 5), at(B, 2), at(C, 40)]
     assert relief(places) == {B: Relief(C, 30), A: None, C: None}
-    assert relief([at(A, 5), at(B, 20)]) == {A: None, B: None}
+    assert relief([at(A, 2), at(B, 20)]) == {A: Relief(B, 10), B: None}  # nearly full, both, and one of them less so
+    assert relief([at(A, 5), at(B, 12)]) == {A: None, B: None}
+    assert relief([at(A, 5), at(B, 9)]) == {A: None, B: None}
+    assert relief([at(A, -40), at(B, 9)]) == {A: None, B: None}
+    assert relief([at(A, 2), at(B, 60, role=Role.PREFILL)]) == {A: None, B: None}
     assert relief([at(A, 5), at(B, 90, draining=True)]) == {A: None, B: None}

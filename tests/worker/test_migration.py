@@ -183,7 +183,7 @@ def test_a_victim_of_a_lack_of_pages_moves_to_where_there_is_room_or_gives_way_h
     if full:
         world.submit("B", "other", [1] * 20, max_tokens=28)
         world.turn("B")
-    world["A"].loop.relief(world["B"].peer, 10, 0.001)
+    world["A"].loop.relief(world["B"].peer, 10)
     for i in range(2):
         world.submit("A", f"r{i}", PROMPT, seed=i, max_tokens=24)
     counts = world["A"].engine.scheduler.decisions.counts
@@ -191,6 +191,7 @@ def test_a_victim_of_a_lack_of_pages_moves_to_where_there_is_room_or_gives_way_h
     assert counts["migrate"] > 0
     assert (counts["recompute"] > 0) is full
     assert (world["B"].engine.scheduler.moves.moved_pages["receive"] > 0) is not full
+    assert (world["A"].engine.scheduler.costs().handshake_s > 0) is not full
     assert all(s.resumed == 0 for s in world.streams.values())
 
 
@@ -259,6 +260,40 @@ def test_other_refusals():
     world.until(lambda: len(world.results) == 3)
     assert "no stream to its ingress" in world.results[2][1].reason
     world.until(lambda: stream.over)
+
+
+def test_who_is_to_be_empty_takes_nothing_until_that_is_over():
+    world = World()
+    stream = world.submit("A", "r", PROMPT, max_tokens=60)
+    world.until(lambda: len(stream.have(0)) > 2)
+    world["B"].loop.drain(True)
+    world.migrate("r", "A", "B")
+    world.until(lambda: len(world.results) == 1)
+    assert world.results[0][1].outcome is Outcome.REFUSED
+    assert "it is to be empty" in world.results[0][1].reason
+    world["B"].loop.drain(False)
+    world.migrate("r", "A", "B")
+    world.until(lambda: len(world.results) == 2)
+    assert world.results[1][1].outcome is Outcome.MOVED
+    world.settle()
+
+
+def test_pages_are_offered_in_vain_where_nobody_listens_and_what_waits_moves_all_the_same():
+    world = World(max_running=1)
+    stream = world.submit("A", "r", PROMPT, max_tokens=60)
+    world.submit("A", "waits", PROMPT, seed=1, max_tokens=4)
+    world.until(lambda: len(stream.have(0)) > 2)
+    world["B"].engine.runner.addresses = tuple
+    asked_s = world.now_s
+    for name in ("r", "waits"):
+        world.migrate(name, "A", "B")
+    world.until(lambda: len(world.results) == 2)
+    assert world.now_s - asked_s < 1.0
+    results = dict(world.results)
+    assert results["r"].outcome is Outcome.REFUSED
+    assert "takes no pages" in results["r"].reason
+    assert results["waits"].outcome is Outcome.MOVED
+    world.settle()
 
 
 def test_no_more_than_so_many_at_once_and_the_others_wait():

@@ -9,12 +9,16 @@ from paged_memory import hash_engine
 from test_scheduler import request, run
 
 from quire.worker.candidates import CANDIDATES, candidates, shortage
+from quire.worker.decisions import Decisions
+from quire.worker.plan import Moved, MoveKind
 from quire.worker.pressure import Action, Candidate, Costs, Reason, Relief, Shortage, make_way, prices, relieve, worth, worth_bringing
 from quire.worker.protocol import SamplingParams
 from quire.worker.sequence import Sequence
 
-COSTS = Costs(prefill_tokens_per_s=1000.0, step_s=0.05, out_pages_per_s=100.0, in_pages_per_s=200.0, link_pages_per_s=50.0)
-RELIEF = Relief("replica-1", pages=20, handshake_s=0.01)
+COSTS = Costs(
+    prefill_tokens_per_s=1000.0, step_s=0.05, out_pages_per_s=100.0, in_pages_per_s=200.0, link_pages_per_s=50.0, handshake_s=0.01
+)
+RELIEF = Relief("replica-1", pages=20)
 NEED = Shortage(pages=1, leaving=0, running=4)
 
 
@@ -44,6 +48,14 @@ TABLE = {
     # 320 tokens / 1000 = 0.32 s; swap 10/100 + 10/200 = 0.15 s
     "swap is cheaper": Case("b", Action.SWAP, Reason.CHEAPEST, 0.15, [victim("a"), victim("b")]),
     "recompute is cheaper": Case("a", Action.RECOMPUTE, Reason.CHEAPEST, 0.1, [victim("a", lost_tokens=100)]),
+    # 320 tokens / 1000 x 0.25 = 0.08 s
+    "most of what is dropped is found again": Case(
+        "a", Action.RECOMPUTE, Reason.CHEAPEST, 0.08, [victim("a")], costs=COSTS._replace(again=0.25)
+    ),
+    "half of it is not": Case("a", Action.SWAP, Reason.CHEAPEST, 0.15, [victim("a")], costs=COSTS._replace(again=0.5)),
+    "a slow hand-shake": Case(
+        "a", Action.SWAP, Reason.CHEAPEST, 0.15, [victim("a")], costs=COSTS._replace(link_pages_per_s=100, handshake_s=0.2), relief=RELIEF
+    ),
     "so is what others hold, or the host has": Case("a", Action.SWAP, Reason.CHEAPEST, 0.05, [victim("a", out_pages=0)]),
     "no room in host memory": Case("a", Action.RECOMPUTE, Reason.ONLY, 0.32, [victim("a", out_pages=None)]),
     "copies stand before it": Case(
@@ -104,6 +116,51 @@ def test_what_a_victim_is_worth_falls_towards_its_end() -> None:
     values = [worth(victim("a", remaining=remaining)) for remaining in (1000, 32, 1)]
     assert values == pytest.approx([10 * 1000 / 1032, 5.0, 10 / 33])
     assert worth(victim("a", frees=0)) > 0
+
+
+@pytest.mark.parametrize(
+    ("came_back", "again"),
+    [
+        ([], 1.0),  # not seen yet
+        ([(100, 20)], 0.2),
+        ([(100, 150)], 1.0),  # what others hold is gone, too: no more than was dropped counts
+        ([(100, 0), (300, 60)], 60 / 390),  # by tokens
+        ([(100, 100)] + [(100, 10)] * 40, pytest.approx(0.1, abs=0.01)),  # what was long ago is forgotten
+    ],
+)
+def test_the_share_that_is_computed_again_is_learned_from_who_comes_back(came_back: list[tuple[int, int]], again: float) -> None:
+    decisions = Decisions()
+    for lost, computed in came_back:
+        decisions.came_back(lost, computed)
+    assert decisions.again == again
+
+
+@pytest.mark.parametrize(("preemption", "prefix_cache"), [("recompute", True), ("recompute", False), ("swap", True), ("swap", False)])
+def test_who_comes_back_tells_what_is_left_of_its_pages(preemption: str, prefix_cache: bool) -> None:
+    """Whoever gave way by recompute, and also who was swapped out: so the share stays known while nobody recomputes."""
+    engine = hash_engine(pages=8, page_size=4, host_pages=20, preemption=preemption, prefix_cache=prefix_cache)
+    engine.scheduler.host.evict_ahead = lambda wanted, most: None  # what host memory has is not recomputed
+    for i in range(3):
+        engine.submit(request(f"r{i}", [i + 1] * 9, max_tokens=12))
+    run(engine)
+    decisions = engine.scheduler.decisions
+    assert decisions.counts[preemption] > 0
+    assert engine.scheduler.costs().again == decisions.again
+    assert 0.0 < decisions.again < 1.0 if prefix_cache else decisions.again == 1.0
+
+
+def test_a_hand_shake_is_what_a_migration_takes_beside_its_pages() -> None:
+    scheduler = hash_engine(pages=8, page_size=4).scheduler
+    assert scheduler.costs().handshake_s == 0.0
+    scheduler.migrated(0, 0.5)
+    assert scheduler.costs().handshake_s == 0.5
+    scheduler.pool.reserve(4)
+    move = scheduler.moves.start(MoveKind.SEND, [], lambda moved: None, link="l")
+    scheduler.moves.ended([Moved(move, 10, 0.1)])
+    scheduler.migrated(10, 0.2)  # of which 0.1 s are the pages'
+    assert scheduler.costs().handshake_s == pytest.approx(0.9 * 0.5 + 0.1 * 0.1)
+    scheduler.migrated(99, 0.2)
+    assert scheduler.costs().handshake_s == pytest.approx(0.9 * 0.46)
 
 
 def test_a_free_action_is_preferred_to_a_recompute_at_the_same_price() -> None:
@@ -179,12 +236,13 @@ def test_a_neighbour_that_ends_without_needing_a_page_is_waited_for() -> None:
 def test_who_is_to_migrate_runs_on_until_it_has_left_or_stays() -> None:
     engine = hash_engine(pages=6, page_size=4, preemption="migrate", prefix_cache=False)
     scheduler = engine.scheduler
-    scheduler.relief = Relief("replica-1", pages=9, handshake_s=0.0)
+    scheduler.relief = Relief("replica-1", pages=9)
     engine.submit(request("first", [1] * 8, max_tokens=12))
     engine.submit(request("second", [2] * 6, max_tokens=9))
     while not (told := scheduler.take_emigrants()):
         engine.step()
     assert told == ["second"]
+    assert scheduler.relief == Relief("replica-1", pages=9 - len(scheduler.running[1].pages))
     assert scheduler.take_emigrants() == []
     assert [s.request_id for s in scheduler.running] == ["first", "second"]
     assert scheduler.leaving() == len(scheduler.running[1].pages)
