@@ -8,7 +8,7 @@ room to grow; not those that are leaving. Policies, in the order in which they a
     defragment    a request that waits for pages, which no replica has although all together do, gets them: neighbours make way
     isolate       where something urgent runs, others make way until there is headroom
     fill          a replica that has just come gets its share
-    rebalance     from the fullest to the emptiest, only while the gap between them strictly shrinks
+    rebalance     from the fullest to the emptiest, if that is crowded or makes some wait, while the gap between them strictly shrinks
 
 Each move is booked at once, so that what follows sees it. Nobody moves again within `COOLDOWN_S`, except to drain or to disaggregate.
 """
@@ -25,6 +25,7 @@ from .policies import ReplicaSnapshot
 
 COOLDOWN_S = 5.0
 FRESH_S = 30.0  # a replica is new for so long
+CROWDED = 0.5  # of a pool: who has more to spare gains nothing when others leave, and the move costs all
 MIN_GAP = 0.15  # of a pool: smaller gaps are not worth a move
 HEADROOM = 0.1  # of a pool, kept beside what is urgent, and where victims go; below it a replica may send victims elsewhere
 MOVES_PER_ROUND = 4  # by one policy, drain and disaggregate left out
@@ -140,7 +141,7 @@ def looked_at(places: Iterable[Place], need: Need | None = None) -> list[Route]:
     if len(open_) > 1:
         fullest, emptiest = max(open_, key=_usage), min(open_, key=_usage)
         wanted += [p for p in open_ if p.waiting or p.left < HEADROOM * p.total]
-        wanted += [fullest] if fullest.usage - emptiest.usage >= MIN_GAP else []
+        wanted += [fullest] if _reason(fullest, emptiest) is not None else []
         wanted += [p for p in open_ if p.running] if need is not None else []
     return list(dict.fromkeys(p.route for p in wanted))
 
@@ -286,9 +287,9 @@ def _rebalance(books: _Books) -> None:
     for _ in range(MOVES_PER_ROUND):
         found = [p for p in books.places.values() if not p.draining and p.role is not Role.PREFILL]
         source, destination = max(found, key=_usage, default=None), min(found, key=_usage, default=None)
-        if source is None or destination is None or source.usage - destination.usage < MIN_GAP:
+        reason = None if source is None or destination is None else _reason(source, destination)
+        if source is None or destination is None or reason is None:
             return
-        reason = Reason.FILL if destination.ready_s < FRESH_S else Reason.REBALANCE
         fits = [
             r
             for r in books.requests(source.route, reason)
@@ -298,6 +299,15 @@ def _rebalance(books: _Books) -> None:
         if best is None or _gap_after(best, source, destination) >= source.usage - destination.usage:
             return
         books.move(best, source, destination, reason)
+
+
+def _reason(source: Place, destination: Place) -> Reason | None:
+    """Why something should move between the fullest and the emptiest; None: it should not."""
+    if source.usage - destination.usage < MIN_GAP:
+        return None
+    if destination.ready_s < FRESH_S:
+        return Reason.FILL
+    return Reason.REBALANCE if source.usage >= CROWDED or source.waiting else None
 
 
 def _gap_after(request: LiveRequest, source: Place, destination: Place) -> float:

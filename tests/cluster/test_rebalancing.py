@@ -47,6 +47,10 @@ CASES = {
     "rebalance: from the fullest to the emptiest": Case(
         [at(A, 50), at(B, 10), at(C, 60)], {B: [runs("x", 20)], A: [runs("y", 20)]}, [("x", C, Reason.REBALANCE)]
     ),
+    "rebalance: not while even the fullest has room for all": Case([at(A, 55), at(B, 99)], {A: [runs("x", 20)]}, []),
+    "rebalance: unless it lets some wait for a seat": Case(
+        [at(A, 55, waiting=1), at(B, 99)], {A: [runs("x", 20)]}, [("x", B, Reason.REBALANCE)]
+    ),
     "rebalance: not twice within the cooldown": Case([at(A, 20), at(B, 80)], {A: [runs("x", 20)]}, [], cooling=("x",)),
     "rebalance: not without seats": Case([at(A, 20), at(B, 80, seats=1)], {A: [runs("x", 20, sequences=2)]}, []),
     "fill: the newcomer gets its share": Case(
@@ -135,6 +139,8 @@ def test_a_move_says_what_it_takes() -> None:
 
 def test_nothing_is_looked_at_while_nothing_is_to_be_done() -> None:
     assert looked_at([at(A, 40), at(B, 50)]) == []
+    assert looked_at([at(A, 60), at(B, 90)]) == []
+    assert looked_at([at(A, 40), at(B, 90)]) == [A]
     assert looked_at([at(A, 40), at(B, 50, waiting=1)]) == [B]
     assert looked_at([at(A, 40), at(B, 50, role=Role.PREFILL)]) == [B]
     assert looked_at([at(A, 5)]) == []  # there is nowhere to go
