@@ -1,6 +1,6 @@
 """Long prompts arrive while others stream: what the streams notice, with replicas that do everything and with one that only prefills.
 
-    python benchmarks/disaggregation.py                      two replicas of SmolLM2-135M: about 6 minutes on two cores
+    python benchmarks/disaggregation.py                      two replicas of SmolLM2-135M: about 5 minutes on two cores
     python benchmarks/disaggregation.py --streams 2 --seconds 8 --rounds 1      a first look
 
 The same streams and the same long prompts, in the same order, once with `--prefill-replicas 0` and once with 1, in turns. TPOT is the
@@ -54,8 +54,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=500, help="that each stream generates")
     parser.add_argument("--long-prompt", type=int, default=1500, help="tokens")
     parser.add_argument("--answer", type=int, default=8, help="tokens after a long prompt")
-    parser.add_argument("--every-s", type=float, default=6.0, help="a long prompt arrives")
-    parser.add_argument("--seconds", type=float, default=30.0, help="in which they arrive")
+    parser.add_argument("--every-s", type=float, default=5.0, help="a long prompt arrives")
+    parser.add_argument("--seconds", type=float, default=25.0, help="in which they arrive")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}

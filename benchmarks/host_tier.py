@@ -13,14 +13,13 @@ Goals: with the host pool the hit rate is at least 90 % of what an endless pool 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from moving import RESULTS, goal, report
 from tqdm import tqdm
 
 from quire import LLM, SamplingParams
@@ -123,23 +122,19 @@ def main() -> int:
     parser.add_argument("--host-memory", default="2GiB")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path(__file__).resolve().parent / "results" / "host_tier.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "host_tier.json")
     args = parser.parse_args()
     without, expected = measure(args, host=False)
     with_host, texts = measure(args, host=True)
     ratio = with_host["ttft_p50_ms"] / without["ttft_p50_ms"]
-    kept = {
-        "hit rate": {"goal": f"at least {HIT_GOAL:.0%}", "is": f"{with_host['hit_rate']:.1%}", "met": with_host["hit_rate"] >= HIT_GOAL},
-        "TTFT p50, of that without": {"goal": f"at most {TTFT_GOAL:.0%}", "is": f"{ratio:.1%}", "met": ratio <= TTFT_GOAL},
-        "identical texts": {"goal": "all", "is": str(sum(a == b for a, b in zip(texts, expected, strict=True))), "met": texts == expected},
-    }
-    about = {name: value for name, value in vars(args).items() if name != "json"} | {"cpus": os.cpu_count()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"workload": about, "goals": kept, "figures": [without, with_host]}, indent=1) + "\n")
     print(table([without, with_host]))
-    for name, goal in kept.items():
-        print(f"{'met' if goal['met'] else 'missed':<8}{name}: {goal['is']} (goal: {goal['goal']})")
-    return 0 if all(goal["met"] for goal in kept.values()) else 1
+    same = sum(a == b for a, b in zip(texts, expected, strict=True))
+    goals = [
+        goal("hit rate", f"at least {HIT_GOAL:.0%}", with_host["hit_rate"] >= HIT_GOAL, f"{with_host['hit_rate']:.1%}"),
+        goal("TTFT p50, of that without", f"at most {TTFT_GOAL:.0%}", ratio <= TTFT_GOAL, f"{ratio:.1%}"),
+        goal("identical texts", "all", texts == expected, str(same)),
+    ]
+    return report(args, goals, {"figures": [without, with_host]})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What is done when pages run out: the single reflexes against the decision, on half of the pages that the requests would like.
 
-    python benchmarks/preemption.py                          recompute, swap and decide, twice: about 12 minutes on two cores
-    python benchmarks/preemption.py --replicas 2             with migrate, which needs somewhere to go: `quire serve`, `quire bench`
-    python benchmarks/preemption.py --requests 24 --rounds 1 a first look
+    python benchmarks/preemption.py                  recompute, swap and decide in one engine: about 4 minutes on two cores
+    python benchmarks/preemption.py --replicas 2     with migrate, which needs somewhere to go: `quire serve`; about 6 minutes
+    python benchmarks/preemption.py --requests 24    a first look
 
 Requests have the lengths of the Azure conversation trace (Azure/AzurePublicDataset, AzureLLMInferenceTrace_conv.csv, CC-BY-4.0; cite Patel
 et al., Splitwise, ISCA 2024), prompts divided by 8 and outputs by 2, so that sequences grow to about twice what they begin with. Prompts
 are random tokens; `--concurrency` requests are open at each replica. The demand is what so many hold at their ends, on average; the pool
-has `--pool` of that. All modes take turns, every other round in reverse order,
-because a shared machine is not the same from minute to minute. TPOT is the mean time of a request's tokens after the first. The recompute
+has `--pool` of that. With `--rounds` above 1 all modes take turns, every other round in reverse order, because a shared machine is not the
+same from minute to minute. TPOT is the mean time of a request's tokens after the first. The recompute
 tax is the share of all computed tokens that were computed before. With one replica the engine runs in this process, so that nothing but
 the engine decides how much it is pressed; with several, the controller shares requests out, and holds them back.
 
@@ -34,7 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from serve_bench import START_TIMEOUT_S, stop, wait_until_ready
+from moving import add_arguments, goal, report
+from recovery import served
 from tqdm import tqdm
 
 from quire import LLM, SamplingParams
@@ -69,9 +70,9 @@ def write_trace(trace: list[LoadRequest], path: Path) -> None:
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(rows))
 
 
-def run_engine(mode: str, pages: int, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
+def run_engine(mode: str, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
     """One mode's figures, from an engine in this process."""
-    options = {"page_size": PAGE_SIZE, "kv_pages": pages, "host_memory": args.host_memory, "threads": args.threads}
+    options = {"page_size": PAGE_SIZE, "kv_pages": args.kv_pages, "host_memory": args.host_memory, "threads": args.threads}
     engine = LLM(args.model, progress=False, max_running=args.concurrency, preemption=mode, **options).engine
     moved = threading.Event()
     engine.runner.watch(moved.set)
@@ -128,31 +129,18 @@ def counters(url: str) -> dict[str, float]:
     return found
 
 
-def run_served(mode: str, pages: int, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
+def run_served(mode: str, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
     """One mode's figures, from `quire serve` with several replicas."""
-    flags = ["--replicas", args.replicas, "--preemption", mode, "--kv-pages", pages, "--page-size", PAGE_SIZE]
-    flags += ["--host-memory", args.host_memory, "--max-running", args.concurrency, "--threads", args.threads]
-    command = [*QUIRE, "serve", "--model", args.model, "--port", 0, "--admin-port", 0, *flags]
-    log = Path(tempfile.mkstemp(prefix=f"quire-preemption-{mode}-", suffix=".log")[1])
-    begin = time.monotonic()
-    with log.open("w") as stderr:
-        server = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=stderr, text=True)
-    try:
-        url = wait_until_ready(server, begin + START_TIMEOUT_S)
-        if url is None:
-            raise SystemExit(f"the server did not become ready:\n{log.read_text()[-3000:]}")
-        load = ["--num-requests", 2 * args.replicas, "--input-tokens", 64, "--output-tokens", 8]
-        bench(url, args, *load)  # what is slow once
-        before = counters(url)
-        with tempfile.NamedTemporaryFile(suffix=".csv") as lengths:
-            write_trace(trace, Path(lengths.name))
-            load = ["--trace", lengths.name, "--num-requests", len(trace), "--concurrency", args.concurrency * args.replicas]
-            found = bench(url, args, *load)["summary"]
+    flags = ["--preemption", mode, "--page-size", PAGE_SIZE, "--host-memory", args.host_memory]
+    flags += ["--max-running", args.concurrency, "--threads", args.threads]
+    with served(args, *map(str, flags)) as server, tempfile.NamedTemporaryFile(suffix=".csv") as lengths:
+        bench(server.url, args, "--num-requests", 2 * args.replicas, "--input-tokens", 64, "--output-tokens", 8)  # what is slow once
+        before = counters(server.url)
+        write_trace(trace, Path(lengths.name))
+        load = ["--trace", lengths.name, "--num-requests", len(trace), "--concurrency", args.concurrency * args.replicas]
+        found = bench(server.url, args, *load)["summary"]
         time.sleep(1.5)  # the next heartbeat
-        spent = {name: value - before.get(name, 0.0) for name, value in counters(url).items()}
-    finally:
-        stop(server)
-    log.unlink()
+        spent = {name: value - before.get(name, 0.0) for name, value in counters(server.url).items()}
     computed = found["input_tokens"] - found["cached_tokens"] + found["output_tokens"] + spent["recomputed_tokens"]
     by = {kind: {k.partition("/")[2]: v for k, v in spent.items() if k.startswith(f"{kind}/")} for kind in ("preemptions", "moved_bytes")}
     return {
@@ -189,28 +177,22 @@ def pooled(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"mode": rounds[0]["mode"], **row, **sums, **each}
 
 
-def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was to be shown, beside what was."""
     by_mode = {row["mode"]: row for row in rows}
+    failed = sum(row["failed"] for row in rows)
+    kept = [goal("requests that failed", "0", not failed, str(failed))]
     if DECIDE not in by_mode or len(by_mode) < 2:
-        return {}
+        return kept
     decide, reflexes = by_mode[DECIDE], [row for row in rows if row["mode"] != DECIDE]
-    fastest = max(row["output_tokens_per_s"] for row in reflexes)
-    steadiest = min(row["tpot_p99_ms"] for row in reflexes)
-    throughput, tpot = decide["output_tokens_per_s"] / fastest, decide["tpot_p99_ms"] / steadiest
-    return {
-        "throughput, of the best reflex's": {
-            "goal": f"at least {1 - NOISE:.0%}",
-            "is": f"{throughput:.1%}",
-            "met": throughput >= 1 - NOISE,
-        },
-        "TPOT p99, of the best reflex's": {"goal": f"at most {1 + NOISE:.0%}", "is": f"{tpot:.1%}", "met": tpot <= 1 + NOISE},
-        "recompute tax": {
-            "goal": f"below {TAX_GOAL:.0%}",
-            "is": f"{decide['recompute_tax']:.2%}",
-            "met": decide["recompute_tax"] < TAX_GOAL,
-        },
-    }
+    throughput = decide["output_tokens_per_s"] / max(row["output_tokens_per_s"] for row in reflexes)
+    tpot, tax = decide["tpot_p99_ms"] / min(row["tpot_p99_ms"] for row in reflexes), decide["recompute_tax"]
+    return [
+        *kept,
+        goal("throughput, of the best reflex's", f"at least {1 - NOISE:.0%}", throughput >= 1 - NOISE, f"{throughput:.1%}"),
+        goal("TPOT p99, of the best reflex's", f"at most {1 + NOISE:.0%}", tpot <= 1 + NOISE, f"{tpot:.1%}"),
+        goal("recompute tax", f"below {TAX_GOAL:.0%}", tax < TAX_GOAL, f"{tax:.2%}"),
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -240,28 +222,29 @@ def main() -> int:
     data = Path(os.environ.get("QUIRE_DATA", here.parents[2] / "shared" / "data"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, default=data / "traces" / "AzureLLMInferenceTrace_conv.csv.gz")
-    parser.add_argument("--model", default="smollm2")
+    add_arguments(parser, "preemption", 1, 0)
     parser.add_argument("--vocab-size", type=int, default=10_000, help="bound of random token ids")
     parser.add_argument("--modes", nargs="+", choices=("recompute", "swap", "migrate", DECIDE), help="default: those that are possible")
-    parser.add_argument("--replicas", type=int, default=1, help="two or more let requests migrate")
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--concurrency", type=int, default=16, help="open requests of each replica")
-    parser.add_argument("--pool", type=float, default=0.5, help="pages, as a share of the demand")
+    parser.add_argument("--pool", type=float, default=0.5, help="pages, as a share of the demand, if --kv-pages is 0")
     parser.add_argument("--host-memory", default="2GiB", help="of each replica")
     parser.add_argument("--threads", type=int, help="of each replica; default: all cores, shared out")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=here.parent / "results" / "preemption.json")
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     args.threads = args.threads or max(len(os.sched_getaffinity(0)) // args.replicas, 1)
     modes = args.modes or ["recompute", "swap", *(["migrate"] if args.replicas > 1 else []), DECIDE]
     trace = scaled_trace(args.trace, args.requests, args.vocab_size)
-    pages = pool_pages(trace, args)
+    args.kv_pages = args.kv_pages or pool_pages(trace, args)
+    run = run_served if args.replicas > 1 else run_engine
     inputs, outputs = (sum(lengths) / len(trace) for lengths in zip(*((len(r.prompt), r.output_tokens) for r in trace), strict=True))
-    print(f"{len(trace)} requests of {inputs:.0f} + {outputs:.0f} tokens on average, {pages} pages for each replica", file=sys.stderr)
+    print(
+        f"{len(trace)} requests of {inputs:.0f} + {outputs:.0f} tokens on average, {args.kv_pages} pages for each replica", file=sys.stderr
+    )
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(args.rounds):
         for mode in modes[:: 1 if number % 2 == 0 else -1]:
-            found[mode].append(run_served(mode, pages, args, trace) if args.replicas > 1 else run_engine(mode, pages, args, trace))
+            found[mode].append(run(mode, args, trace))
             last = found[mode][-1]
             print(
                 f"round {number + 1}, {mode}: {last['output_tokens_per_s']:.1f} tokens/s, TPOT p99 {last['tpot_p99_ms']:.0f} ms, "
@@ -269,22 +252,8 @@ def main() -> int:
                 file=sys.stderr,
             )
     rows = [pooled(rounds) for rounds in found.values()]
-    kept = goals(rows)
-    about = {
-        "trace": args.trace.name,
-        "scales": [PROMPT_SCALE, OUTPUT_SCALE],
-        "requests": len(trace),
-        "pages": pages,
-        "pool": args.pool,
-        "model": args.model,
-    }
-    about |= {"replicas": args.replicas, "concurrency": args.concurrency, "rounds": args.rounds, "cpus": os.cpu_count()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"workload": about, "goals": kept, "figures": rows}, indent=1) + "\n")
     print(table(rows))
-    for name, goal in kept.items():
-        print(f"{'met' if goal['met'] else 'missed':<8}{name}: {goal['is']} (goal: {goal['goal']})")
-    return 0 if all(goal["met"] for goal in kept.values()) and not any(row["failed"] for row in rows) else 1
+    return report(args, goals(rows), {"scales": [PROMPT_SCALE, OUTPUT_SCALE], "figures": rows})
 
 
 if __name__ == "__main__":

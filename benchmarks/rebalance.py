@@ -1,7 +1,7 @@
 """Skewed arrivals on several replicas, and a prompt that fits nowhere: with and without moving what runs.
 
-    python benchmarks/rebalance.py                              four replicas of SmolLM2-135M: about 8 minutes on two cores
-    python benchmarks/rebalance.py --requests 16 --rounds 1     a first look
+    python benchmarks/rebalance.py                              four replicas of SmolLM2-135M: about 5 minutes on two cores
+    python benchmarks/rebalance.py --requests 16                a first look
 
 Skew: requests come at random times (Poisson) and are dealt out in turn, and every fourth one is long, so that without moves one replica
 gets all the long ones and its pages run out. Outputs that nobody can foresee do the same to any router. TTFT and TPOT are of all requests.
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--fillers", type=int, default=4, help="streams of which that is made, for each replica")
     parser.add_argument("--filler-output", type=int, default=200, help="tokens")
     parser.add_argument("--long-share", type=float, default=0.5, help="of a pool, for the prompt that fits nowhere")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {mode: [] for mode in MODES}
     for number in range(args.rounds):
