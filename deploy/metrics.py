@@ -136,6 +136,7 @@ class _EngineCollector(Collector):
                 pages.add_metric([replica, state, "device"], getattr(stats, f"pages_{state}"))
             for state in _HOST_STATES:
                 pages.add_metric([replica, state, "host"], getattr(stats, f"host_pages_{state}"))
+            pages.add_metric([replica, "active", "disk"], stats.disk_pages)
         yield pages
         for name, (text, field) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["replica"])

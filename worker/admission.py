@@ -42,13 +42,14 @@ class Admission(Station):
         max_batch_tokens: tokens computed in one step.
         max_running: sequences that run at once; at most `max_batch_tokens`, so that every decode fits in a step.
         host_pages: pages of host memory.
+        disk_pages: that may lie in files.
         preemption: `pressure.DECIDE`, or the action that is always taken.
 
     `_below` bounds who is admitted in the step that is being planned: whose priority is below that of the first who gave way.
     """
 
-    def __init__(self, pool: PagePool, max_batch_tokens: int, max_running: int, host_pages: int, preemption: str) -> None:
-        super().__init__(pool, host_pages)
+    def __init__(self, pool: PagePool, max_batch_tokens: int, max_running: int, host_pages: int, disk_pages: int, preemption: str) -> None:
+        super().__init__(pool, host_pages, disk_pages)
         if not 1 <= max_running <= max_batch_tokens:
             raise ValueError(f"max_running must be in [1, max_batch_tokens = {max_batch_tokens}], not {max_running}")
         self.max_batch_tokens = max_batch_tokens
@@ -68,6 +69,8 @@ class Admission(Station):
         match decision.action:
             case Action.SWAP:
                 self._swap_out(victim)
+            case Action.SUSPEND:
+                self._suspend(victim)
             case Action.MIGRATE:
                 self._emigrate(victim, victim.decision)
             case _:

@@ -27,6 +27,7 @@ from .rendezvous import listen
 from .runner import FollowerRunner, LeaderRunner, ModelRunner
 from .sampler import Sampler
 from .shard import Shard
+from .suspend_files import SuspendDirectory
 from .weights import open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -178,11 +179,12 @@ def _mover(
 ) -> tuple[PageMover, tuple[str, ...]]:
     """What moves this rank's pages, and the addresses of all ranks."""
     cache, kv_heads = options.cache, rank.config.num_kv_heads
+    disk = SuspendDirectory(Path(cache.disk_path)) if cache.disk_path else None
     if group is not None:
-        place = Place(group.rank, group.size, kv_heads, group.reports(), cache.page_link, cache.verify_moves)
+        place = Place(group.rank, group.size, kv_heads, group.reports(), cache.page_link, cache.verify_moves, disk)
         host = group.host
     else:
-        place = Place(kv_heads=kv_heads, link_kind=cache.page_link, verify=cache.verify_moves)
+        place = Place(kv_heads=kv_heads, link_kind=cache.page_link, verify=cache.verify_moves, disk=disk)
     if host is None:
         return PageMover(kv, place), ()
     listener = Listener(listen(host), kv.pool.device)

@@ -22,14 +22,17 @@ def candidate(roster: Swapping, s: Sequence) -> Candidate:
     own = [pool.references[page] == 1 for page in s.pages]
     gone = [mine and (content is None or roster.host.pages.holder(content) is None) for mine, content in zip(own, contents, strict=False)]
     scored = s.params.prompt_logprobs is not None and not s.num_output  # the runner would lose the scores
+    leaves = any(own) and bool(contents) and not scored
+    out_pages = roster.host.lacks(contents) if leaves else None
     return Candidate(
         victim=s,
         frees=sum(own),
         pages=len(contents),
         lost_tokens=min(sum(gone) * size, s.num_computed),
-        out_pages=None if scored or not any(own) or not contents else roster.host.lacks(contents),
+        out_pages=out_pages,
         remaining=s.max_tokens - s.num_output,
         returned=len(s.tokens) < s.safe_until,
+        disk_pages=len(contents) if leaves and out_pages is None and roster.disk.holds(len(contents)) else None,
     )
 
 

@@ -68,6 +68,10 @@ class CacheOptions:
         "what is done with a sequence when pages run out; decide: the cheapest, by costs measured as it runs; else always that one",
         choices=("decide", "recompute", "swap", "migrate"),
     )
+    disk_path: str | None = option(
+        None, "directory for sequences that are swapped out when host memory is full; each process has one of its own below it"
+    )
+    disk_memory: int = option(8 * 2**30, "bytes that a replica may write there, all ranks together", kind="bytes")
     page_link: str = option(
         "auto",
         "how pages get to another replica: nccl (GPU to GPU), gloo (a pair of processes), host (a connection between host memories; what "

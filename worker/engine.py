@@ -16,7 +16,7 @@ from .door import Door
 from .events import Changes
 from .migration_wire import Format, Offer
 from .page_pool import PagePool
-from .plan import MemoryBytes, Moved, StepPlan, StepResult
+from .plan import MemoryBytes, Moved, MoveKind, StepPlan, StepResult
 from .protocol import (
     BadRequest,
     EngineStats,
@@ -171,20 +171,7 @@ class Engine:
 
     def snapshot(self, s: Sequence, attempt: int) -> SequenceSnapshot:
         """A sequence as it stands."""
-        computed = s.num_computed if s.pages else 0
-        return SequenceSnapshot(
-            s.request_id,
-            attempt,
-            s.priority,
-            s.choice,
-            tuple(s.tokens),
-            s.prompt_len,
-            s.params,
-            s.max_tokens,
-            s.seed,
-            s.cached_tokens,
-            computed,
-        )
+        return SequenceSnapshot.of(s, attempt, s.num_computed if s.pages else 0)
 
     def arrive(self, offer: Offer, sequences: tuple[SequenceSnapshot, ...], ended_tokens: int, placed: dict[int, Placed]) -> None:
         """Go on with a request that another replica has begun, from where its sequences stand now; those in `placed` run at once."""
@@ -310,10 +297,13 @@ class Engine:
             host_pages_cached=host.cached,
             host_pages_active=host.active,
             host_hit_tokens=c.host_hit_tokens,
-            moved_bytes={kind.value: count * self.page_bytes for kind, count in self.scheduler.moves.moved_pages.items()},
+            moved_bytes={
+                kind.value: n * self.page_bytes for kind, n in self.scheduler.moves.moved_pages.items() if kind is not MoveKind.ERASE
+            },
             stall_seconds=c.stall_s,
             predicted_seconds=dict(decisions.predicted_s),
             actual_seconds=dict(decisions.actual_s),
+            disk_pages=self.scheduler.disk.used,
         )
 
     def load(self) -> ReplicaLoad:
@@ -454,7 +444,15 @@ def build_engine(
         tp=options.parallel.tp,
     )
     engine = Engine(
-        Scheduler(pool, scheduler_options.max_batch_tokens, max_running, info.eos_token_ids, sizes.host_pages, options.cache.preemption),
+        Scheduler(
+            pool,
+            scheduler_options.max_batch_tokens,
+            max_running,
+            info.eos_token_ids,
+            sizes.host_pages,
+            options.cache.preemption,
+            options.cache.disk_memory // sizes.page_bytes if options.cache.disk_path else 0,
+        ),
         runner,
         Door.of(info, options.limits),
         info,

@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "kv_pages": (1, 2**31 - 1),
     "kv_memory": (1, 2**60),
     "host_memory": (0, 2**60),
+    "disk_memory": (1, 2**60),
     "max_batch_tokens": (1, 2**24),
     "max_running": (1, 2**20),
     "max_waiting": (0, 2**24),

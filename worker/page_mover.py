@@ -15,12 +15,14 @@ from typing import NamedTuple, Protocol
 from .kv_store import KVStore
 from .page_lane import Ends, Lane, LocalCopies, awaited, dialled
 from .page_link import Listener, kind_of
-from .plan import LinkEnd, Move, Moved, StepPlan
+from .plan import LinkEnd, Move, Moved, MoveKind, StepPlan
 from .reslice import Share, shares
 from .strict_wire import pack, unpack
+from .suspend_files import SuspendDirectory, SuspendFiles
 
 RANKS_TIMEOUT_S = 60.0  # until every rank has carried out a move that this one has
 RANKS_POLL_S = 0.001
+FILES = (MoveKind.SAVE, MoveKind.LOAD, MoveKind.ERASE)
 FENCE_TIMEOUT_S = 30.0  # for what this rank still does of a move that was given up
 
 
@@ -47,6 +49,7 @@ class Place(NamedTuple):
         reports: the store of the ranks; None for tp=1.
         link_kind: `--page-link`.
         verify: compare a digest of each page where it leaves and where it arrives.
+        disk: where sequences are suspended to; None: they are not.
     """
 
     rank: int = 0
@@ -55,6 +58,7 @@ class Place(NamedTuple):
     reports: Reports | None = None
     link_kind: str = "auto"
     verify: bool = False
+    disk: SuspendDirectory | None = None
 
 
 class PageMover:
@@ -74,6 +78,7 @@ class PageMover:
         self._wake: Callable[[], None] = lambda: None
         self._links: dict[str, Lane] = {}
         self._copies: Lane | None = None
+        self._files: Lane | None = None  # apart, so that copies do not wait for a disk
         self._carried: dict[int, Lane] = {}  # moves that have not ended on this rank
 
     def watch(self, wake: Callable[[], None]) -> None:
@@ -104,7 +109,7 @@ class PageMover:
             for move in plan.moves:
                 lane = self._lane(move)
                 if lane is None:
-                    moved = Moved(move.move, error=f"there is no link {move.link!r}")
+                    moved = Moved(move.move, error=f"there is no link {move.link!r}" if move.link else "there is no disk")
                     threading.Thread(target=self._end, args=(moved,), name="page-moves-nowhere", daemon=True).start()
                 else:
                     self._carried[move.move] = lane
@@ -116,14 +121,21 @@ class PageMover:
 
     def close(self) -> None:
         """End every lane; what is under way on links ends with an error."""
-        for lane in [*self._links.values(), *([self._copies] if self._copies else [])]:
-            lane.close()
+        for lane in [*self._links.values(), self._copies, self._files]:
+            if lane is not None:
+                lane.close()
+        if self._place.disk is not None and self._files is None:
+            self._place.disk.close()
         if self._listener is not None:
             self._listener.close()
 
     def _lane(self, move: Move) -> Lane | None:
         if move.link:
             return self._links.get(move.link)
+        if move.kind in FILES:
+            if self._files is None and self._place.disk is not None:
+                self._files = Lane("page-files", self._end, SuspendFiles(self._kv, self._place.disk))
+            return self._files
         if self._copies is None:
             self._copies = Lane("page-copies", self._end, LocalCopies(self._kv, {} if self._place.verify else None))
         return self._copies

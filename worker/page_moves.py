@@ -2,9 +2,9 @@
 
     start -> (next plan) under way -> ended; if it failed -> (next plan) fenced
 
-Whoever starts a move is told of its end, once. Until then its pages are safe from reuse: the pages that OUT and SEND read are held
-here; those that IN and RECEIVE write were reserved by whoever started the move, and stay so until its end, even when nobody wants them
-any more.
+Whoever starts a move is told of its end, once. Until then its pages are safe from reuse: the pages that OUT, SEND and SAVE read are held
+here; those that IN, RECEIVE and LOAD write were reserved by whoever started the move, and stay so until its end, even when nobody wants
+them any more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .page_pool import PagePool
 from .plan import LinkEnd, Move, Moved, MoveKind
 
-READS = (MoveKind.OUT, MoveKind.SEND)
+READS = (MoveKind.OUT, MoveKind.SEND, MoveKind.SAVE)
 DECAY = 0.9  # of what earlier moves weigh, with each move
 
 
@@ -53,10 +53,17 @@ class PageMoves:
         self.moved_pages = dict.fromkeys(MoveKind, 0)  # in all
 
     def start(
-        self, kind: MoveKind, pages: Sequence[int], done: Callable[[Moved], None], host_pages: Sequence[int] = (), link: str = ""
+        self,
+        kind: MoveKind,
+        pages: Sequence[int],
+        done: Callable[[Moved], None],
+        host_pages: Sequence[int] = (),
+        link: str = "",
+        file: str = "",
+        snapshot: bytes = b"",
     ) -> int:
         """Start a move with the next plan; its number. `done` is called when it has ended, before the next plan."""
-        move = Move(self._next, kind, tuple(pages), tuple(host_pages), link)
+        move = Move(self._next, kind, tuple(pages), tuple(host_pages), link, file, snapshot)
         self._next += 1
         if kind in READS:
             self._pool.retain(move.pages)

@@ -3,8 +3,8 @@
 A plan is ordered and frozen. Sequences that the runner has not seen travel whole (`NewSequence`), known ones as a
 difference (pages they gained). Token values sampled in a step stay with the runner, so a plan never waits for them.
 
-Pages also travel: to host memory and back, to another replica and from one. Such a move is started by one plan, goes on beside the
-steps that follow, and has ended on every rank before a plan uses what it has brought, or reuses what it has left.
+Pages also travel: to host memory and back, to another replica and from one, into files and out of them. Such a move is started by one plan,
+goes on beside the steps that follow, and has ended on every rank before a plan uses what it has brought, or reuses what it has left.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ class Row(NamedTuple):
 
 
 class MoveKind(StrEnum):
-    """Where pages go: from the device to host memory, back, to another replica over a link, or from one."""
+    """Where pages go: from the device to host memory, back, to another replica over a link, from one, into a file, out of it, or nowhere:
+    the file is erased."""
 
     OUT = "out"
     IN = "in"
     SEND = "send"
     RECEIVE = "receive"
+    SAVE = "save"
+    LOAD = "load"
+    ERASE = "erase"
 
 
 class Move(NamedTuple):
@@ -54,8 +58,10 @@ class Move(NamedTuple):
     move: int  # number, unique for the life of the replica
     kind: MoveKind
     pages: tuple[int, ...]  # of the device pool
-    host_pages: tuple[int, ...] = ()  # of the host pool, for OUT and IN: as many
+    host_pages: tuple[int, ...] = ()  # of the host pool, for OUT and IN: as many; for LOAD, their ordinals in the file
     link: str = ""  # for SEND and RECEIVE
+    file: str = ""  # for SAVE, LOAD and ERASE: its name
+    snapshot: bytes = b""  # for SAVE: `SequenceSnapshot.to_bytes` of the sequence whose pages they are
 
 
 class LinkEnd(NamedTuple):

@@ -84,12 +84,14 @@ def _new(raw: Any) -> NewSequence:
 
 
 def _move(raw: Any) -> Move:
-    move, kind, pages, host_pages, link = _array("move", raw, 5)
+    move, kind, pages, host_pages, link, file, snapshot = _array("move", raw, 7)
     if kind not in set(MoveKind):
         raise BadMessage(f"move: {kind!r} is no kind of move")
     _integers("move", (move,))
-    _strings("move", (link,))
-    return Move(move, MoveKind(kind), _integers("move", pages), _integers("move", host_pages), link)
+    _strings("move", (link, file))
+    if type(snapshot) is not bytes:
+        raise BadMessage("move: its snapshot is not bytes")
+    return Move(move, MoveKind(kind), _integers("move", pages), _integers("move", host_pages), link, file, snapshot)
 
 
 def _link(raw: Any) -> LinkEnd:

@@ -1,11 +1,12 @@
 """What gives way when places or pages run out: the one place where that is decided. Pure.
 
 Pages that nobody holds (free, then the oldest cached prefixes) are always taken first, by the pool itself; they cost nobody who lives
-anything. Beyond them somebody gives way, in one of four ways, each with a price in seconds from speeds that were measured here:
+anything. Beyond them somebody gives way, in one of five ways, each with a price in seconds from speeds that were measured here:
 
     wait       the one in need misses steps, until pages come back that are leaving already, or a neighbour ends: steps / running
     recompute  the victim's pages are dropped: tokens that are dropped x share that is not found again / prefill tokens/s
     swap       they go to host memory and come back: (queue out + pages out) / pages/s + (queue in + pages in) / pages/s
+    suspend    they go to disk, if host memory has no room: as swap, by the disk's speeds
     migrate    it goes on elsewhere: pages / link pages/s + hand-shake
 
 What a victim is worth are the pages that it alone owns, discounted by how near its end it is: one that ends soon gives them back anyway.
@@ -32,6 +33,7 @@ class Action(StrEnum):
     WAIT = "wait"
     RECOMPUTE = "recompute"
     SWAP = "swap"
+    SUSPEND = "suspend"
     MIGRATE = "migrate"
 
 
@@ -60,6 +62,10 @@ class Costs(NamedTuple):
     in_queue: int = 0
     link_pages_per_s: float = 0.0
     handshake_s: float = 0.0  # of a migration, beside its pages
+    save_pages_per_s: float = 0.0
+    load_pages_per_s: float = 0.0
+    save_queue: int = 0
+    load_queue: int = 0
     again: float = 1.0  # share of what is dropped that has to be computed again: the prefix cache finds the rest when its turn comes
 
 
@@ -80,6 +86,7 @@ class Candidate(NamedTuple):
     out_pages: int | None  # that host memory lacks; None: it has no room, or it would not help
     remaining: int  # tokens until its end, at most
     returned: bool  # only just
+    disk_pages: int | None = None  # that would be written to disk; None: host memory has room, or the disk has none, or it would not help
 
 
 class Shortage(NamedTuple):
@@ -136,6 +143,8 @@ def give_way(candidate: Candidate, costs: Costs, mode: str = DECIDE, relief: Rel
     found = prices(candidate, costs, relief)
     if mode != DECIDE:
         action = Action(mode)
+        if action is Action.SWAP and action not in found and Action.SUSPEND in found:
+            action = Action.SUSPEND
         reason = Reason.MODE if action in found else Reason.ONLY
         action = action if action in found else Action.RECOMPUTE
     else:
@@ -150,6 +159,10 @@ def prices(candidate: Candidate, costs: Costs, relief: Relief | None) -> dict[Ac
     if candidate.out_pages is not None:
         found[Action.SWAP] = _seconds(costs.out_queue + candidate.out_pages, costs.out_pages_per_s) + _seconds(
             costs.in_queue + candidate.frees, costs.in_pages_per_s
+        )
+    if candidate.disk_pages is not None:
+        found[Action.SUSPEND] = _seconds(costs.save_queue + candidate.disk_pages, costs.save_pages_per_s) + _seconds(
+            costs.load_queue + candidate.frees, costs.load_pages_per_s
         )
     if relief is not None and relief.pages >= candidate.pages:
         found[Action.MIGRATE] = _seconds(candidate.pages, costs.link_pages_per_s) + costs.handshake_s

@@ -245,6 +245,7 @@ class EngineStats(NamedTuple):
     stall_seconds: float  # that sequences which had begun stood still, each for itself
     predicted_seconds: dict[str, float]  # what preemptions were to cost, by action
     actual_seconds: dict[str, float]  # what they came to
+    disk_pages: int = 0  # that suspended sequences have in files
 
 
 class ModelInfo(NamedTuple):

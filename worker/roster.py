@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from .decisions import Decisions, Record
+from .disk_tier import DiskTier
 from .host_tier import HostTier
 from .page_moves import PageMoves
 from .page_pool import PagePool
@@ -41,12 +42,14 @@ class Roster:
     Args:
         pool: the pages that sequences hold.
         host_pages: pages of host memory beside it.
+        disk_pages: that may lie in files.
     """
 
-    def __init__(self, pool: PagePool, host_pages: int = 0) -> None:
+    def __init__(self, pool: PagePool, host_pages: int = 0, disk_pages: int = 0) -> None:
         self.pool = pool
         self.moves = PageMoves(pool)
         self.host = HostTier(host_pages, pool, self.moves)
+        self.disk = DiskTier(disk_pages, self.moves)
         self.counters = Counters()
         self.decisions = Decisions()
         self.emigrants: dict[str, Record] = {}  # requests that are to migrate, from the decision to their end, or until they stay after all
@@ -190,6 +193,8 @@ class Roster:
     def _drop_kept(self, s: Sequence) -> None:
         if s.kept is not None:
             self.host.release(s.kept.pages)
+            if s.kept.file:
+                self.disk.drop(s.kept.file)
             s.kept = None
 
     def _release_followers(self, s: Sequence) -> None:
@@ -243,6 +248,7 @@ class Roster:
         held = [*(s.pages for s in sequences), *(arrival.shared() for arrival in arrivals), *self.moves.held(), *self.pins.values()]
         self.pool.check(held)
         self.host.pages.check([*(s.kept.pages for s in sequences if s.kept is not None), *self.host.held()])
+        self.disk.check([s.kept.file for s in sequences if s.kept is not None and s.kept.file])
         listed = 0
         for state in (State.RUNNING, State.ARRIVING, State.WAITING, State.FROZEN):
             some = [s for s in sequences if s.state is state]

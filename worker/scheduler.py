@@ -44,6 +44,7 @@ class Scheduler(Admission):
         max_running: sequences that run at once; at most `max_batch_tokens`, so that every decode fits in a step.
         eos_token_ids: tokens that end a sequence unless it ignores them.
         host_pages: pages of host memory.
+        disk_pages: that may lie in files.
         preemption: `pressure.DECIDE`, or the action that is always taken.
     """
 
@@ -55,8 +56,9 @@ class Scheduler(Admission):
         eos_token_ids: Iterable[int] = (),
         host_pages: int = 0,
         preemption: str = DECIDE,
+        disk_pages: int = 0,
     ) -> None:
-        super().__init__(pool, max_batch_tokens, max_running, host_pages, preemption)
+        super().__init__(pool, max_batch_tokens, max_running, host_pages, disk_pages, preemption)
         self.eos_token_ids = frozenset(eos_token_ids)
         self._pages_per_step = pool.pages_for(max_batch_tokens)
         self.isolation = Isolation()

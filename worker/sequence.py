@@ -30,11 +30,12 @@ class State(Enum):
 
 
 class Kept(NamedTuple):
-    """What a sequence that was swapped out has in host memory."""
+    """What a sequence that was swapped out has in host memory, or on disk."""
 
-    pages: list[int]  # of the host, in order; the last may be partly filled
+    pages: list[int]  # of the host, in order; the last may be partly filled; none when they lie in a file
     contents: list[Content | None]  # of the same pages; None where it is not full
     computed: int  # tokens in them
+    file: str = ""
 
 
 class Arrival(NamedTuple):
@@ -69,7 +70,7 @@ class Sequence:
         cached_tokens: prompt tokens found in the prefix cache when it was first admitted; None before.
         recompute_until: tokens below it were computed before a preemption, so computing them again is a cost.
         followers: sequences of the same prompt (`n > 1`) that start from its pages.
-        kept: what it left in host memory when it was swapped out.
+        kept: what it left in host memory or on disk when it was swapped out.
         arrival: its pages while it is ARRIVING.
         safe_until: tokens until which it counts as just come back from host memory.
         decision: the latest about it, which its costs are charged to.

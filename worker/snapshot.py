@@ -6,10 +6,13 @@ Where its sampler stands follows from tokens, parameters and seed. On disk: magi
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .protocol import SamplingParams
 from .strict_wire import BadMessage, pack, unpack
+
+if TYPE_CHECKING:
+    from .sequence import Sequence
 
 MAGIC = b"quire-sequence"
 VERSION = 1
@@ -35,6 +38,12 @@ class SequenceSnapshot(NamedTuple):
     seed: int
     cached_tokens: int | None
     num_computed: int
+
+    @staticmethod
+    def of(s: Sequence, attempt: int, computed: int) -> SequenceSnapshot:
+        """A sequence as it stands, with so many tokens in its pages."""
+        known = s.request_id, attempt, s.priority, s.choice, tuple(s.tokens), s.prompt_len, s.params, s.max_tokens, s.seed
+        return SequenceSnapshot(*known, s.cached_tokens, computed)
 
     def to_bytes(self) -> bytes:
         """For a file: with what tells a damaged one from a whole one."""

@@ -33,12 +33,13 @@ class Station(Swapping):
     Args:
         pool: the pages that sequences hold.
         host_pages: pages of host memory beside it.
+        disk_pages: that may lie in files.
 
     `awaited` is the number of places that are kept free for sequences that will arrive.
     """
 
-    def __init__(self, pool: PagePool, host_pages: int) -> None:
-        super().__init__(pool, host_pages)
+    def __init__(self, pool: PagePool, host_pages: int, disk_pages: int) -> None:
+        super().__init__(pool, host_pages, disk_pages)
         self.awaited = 0
 
     def request(self, request_id: str) -> Request | None:

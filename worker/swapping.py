@@ -1,6 +1,7 @@
-"""Sequences between the device and host memory: how one leaves, what one that starts can start from, and how it comes back. Pure.
+"""Sequences between the device, host memory and disk: how one leaves, what one that starts can start from, and how it comes back. Pure.
 
 running -> (OUT) waiting, with what it keeps in host memory -> (IN) arriving -> running
+running -> (SAVE) waiting, with what it keeps in a file -> (LOAD) arriving -> running
 
 Who arrives holds its place and its pages but is not planned. It comes in its turn, counted like everybody who is admitted, and the copy
 ends by itself, so nobody who stands before it can wait for it in vain.
@@ -23,18 +24,20 @@ from .plan import Moved, MoveKind
 from .pressure import Costs, Relief, worth_bringing
 from .roster import Roster
 from .sequence import Arrival, Kept, Sequence, State
+from .snapshot import SequenceSnapshot
 
 _ORDER = attrgetter("order")
 
 
 class Origin(NamedTuple):
-    """What a sequence can start from: a block table with gaps, which host pages fill in order."""
+    """What a sequence can start from: a block table with gaps, which host pages, or pages of a file, fill in order."""
 
     pages: list[int | None]
-    host_pages: list[int]
+    host_pages: list[int]  # or ordinals in the file
     hashes: list[bytes]  # of the full pages
     computed: int  # tokens in them
     shares_tail: bool = False  # the last page is partly filled, and others hold it
+    file: str = ""
 
     def shared(self) -> list[int]:
         """Pages of the device that are there."""
@@ -57,10 +60,11 @@ class Swapping(Roster):
     Args:
         pool: the pages that sequences hold.
         host_pages: pages of host memory beside it.
+        disk_pages: that may lie in files.
     """
 
-    def __init__(self, pool: PagePool, host_pages: int) -> None:
-        super().__init__(pool, host_pages)
+    def __init__(self, pool: PagePool, host_pages: int, disk_pages: int) -> None:
+        super().__init__(pool, host_pages, disk_pages)
         self.speeds = Speeds()
         self.relief: Relief | None = None  # set by whoever knows the other replicas
         self._emigrants: list[str] = []  # those that nobody has been told of
@@ -78,6 +82,10 @@ class Swapping(Roster):
             moves.queued(MoveKind.IN),
             moves.pages_per_s(MoveKind.SEND),
             self._handshake_s,
+            moves.pages_per_s(MoveKind.SAVE),
+            moves.pages_per_s(MoveKind.LOAD),
+            moves.queued(MoveKind.SAVE),
+            moves.queued(MoveKind.LOAD),
             self.decisions.again,
         )
 
@@ -129,6 +137,16 @@ class Swapping(Roster):
         if copy is not None:  # it is carried out before its pages leave
             self._copies[s] = copy
 
+    def _suspend(self, s: Sequence) -> None:
+        contents, computed = self.contents(s), s.num_computed
+        pages = s.pages[: len(contents)]
+        copy = self._copies.get(s)
+        name = self.disk.suspend(SequenceSnapshot.of(s, 0, computed).to_bytes(), pages, partial(self._charge, s))
+        self._preempt(s)
+        s.kept = Kept([], contents, computed, name)
+        if copy is not None:
+            self._copies[s] = copy
+
     def _charge(self, s: Sequence, moved: Moved) -> None:
         if s.decision is not None:
             self.decisions.charge(s.decision, moved.seconds)
@@ -148,7 +166,9 @@ class Swapping(Roster):
         return self._origin_found(s)
 
     def _origin_kept(self, kept: Kept) -> Origin | None:
-        """What it left in host memory; pages that are found on the device as well need not be brought. None: it is still leaving."""
+        """What it left; pages that are found on the device as well need not be brought. None: it is still leaving."""
+        if kept.file:
+            return self._origin_in_file(kept) if self.disk.ready(kept.file) else None
         if not self.host.ready(kept.pages):
             return None
         intact = self.host.intact(kept.pages)
@@ -157,6 +177,13 @@ class Swapping(Roster):
         host_pages = [host for host, page in zip(kept.pages, pages, strict=False) if page is None]
         hashes = [content.hash for content in contents if content is not None]
         return Origin(pages, host_pages, hashes, min(kept.computed, intact * self.pool.page_size))
+
+    def _origin_in_file(self, kept: Kept) -> Origin:
+        contents = [] if self.disk.lost(kept.file) else kept.contents
+        pages = [None if content is None else self.pool.holder(content) for content in contents]
+        ordinals = [i for i, page in enumerate(pages) if page is None]
+        hashes = [content.hash for content in contents if content is not None]
+        return Origin(pages, ordinals, hashes, kept.computed if contents else 0, file=kept.file)
 
     def _origin_found(self, s: Sequence) -> Origin:
         """The longest prefix that is found, on the device and in host memory by turns, as far as bringing it is worth while."""
@@ -190,7 +217,11 @@ class Swapping(Roster):
         arrival = Arrival([next(new) if page is None else page for page in origin.pages], coming, origin.hashes, origin.computed)
         self._take_place(s, State.ARRIVING, self.arriving)
         s.arrival = arrival
-        self.host.bring(origin.host_pages, coming, partial(self._arrived, s, arrival))
+        arrived = partial(self._arrived, s, arrival)
+        if origin.file:
+            self.disk.bring(origin.file, origin.host_pages, coming, arrived)
+        else:
+            self.host.bring(origin.host_pages, coming, arrived)
 
     def _arrived(self, s: Sequence, arrival: Arrival, moved: Moved) -> None:
         here = s.arrival is arrival  # it has not ended meanwhile

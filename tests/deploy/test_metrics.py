@@ -33,6 +33,7 @@ STATS = EngineStats(
     stall_seconds=2.5,
     predicted_seconds={"swap": 3.5},
     actual_seconds={"swap": 4.5},
+    disk_pages=27,
 )
 
 
@@ -62,6 +63,7 @@ def test_replicas_are_told_apart() -> None:
     assert values["quire_pages", frozenset({("replica", "r1"), ("state", "free"), ("tier", "device")})] == 50
     for state, count in {"free": 15, "cached": 16, "active": 17}.items():
         assert values["quire_pages", frozenset({("replica", "r0"), ("state", state), ("tier", "host")})] == count
+    assert values["quire_pages", frozenset({("replica", "r0"), ("state", "active"), ("tier", "disk")})] == 27
     assert values["quire_preemptions_total", frozenset({("replica", "r0"), ("action", "recompute")})] == 14
     assert values["quire_preemption_predicted_seconds_total", frozenset({("replica", "r0"), ("action", "swap")})] == 3.5
     assert values["quire_preemption_seconds_total", frozenset({("replica", "r0"), ("action", "swap")})] == 4.5

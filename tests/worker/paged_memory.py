@@ -18,6 +18,7 @@ from quire.worker.page_pool import PagePool
 from quire.worker.plan import MemoryBytes, Move, Moved, MoveKind, NewSequence, Sampled, StepPlan, StepResult
 from quire.worker.protocol import ModelInfo
 from quire.worker.scheduler import Scheduler
+from quire.worker.snapshot import SequenceSnapshot
 
 VOCAB = 50
 Page = list[int | None]
@@ -58,6 +59,7 @@ class PagedMemory:
         self.memory: list[Page] = [[None] * page_size for _ in range(pages)]
         self.host: list[Page] = [[None] * page_size for _ in range(host_pages)]
         self.wires = {} if wires is None else wires
+        self.files: dict[str, list[Page]] = {}
         self.delay = 1
         self.failing: int | None = None  # every so many moves, one fails and leaves garbage
         self.moving: list[tuple[int, Move]] = []  # (polls that are left, move)
@@ -132,7 +134,7 @@ class PagedMemory:
     def _start_moves(self, plan: StepPlan) -> None:
         self.open_links.update(end.link for end in plan.links)
         for move in plan.moves:
-            if move.kind in (MoveKind.IN, MoveKind.RECEIVE):
+            if move.kind in (MoveKind.IN, MoveKind.RECEIVE, MoveKind.LOAD):
                 for page in move.pages:
                     self.memory[page] = [-1] * self.page_size
             self.moving.append((self.delay, move))
@@ -146,6 +148,14 @@ class PagedMemory:
             case MoveKind.IN:
                 for page, host in zip(move.pages, move.host_pages, strict=True):
                     self.memory[page] = list(self.host[host])
+            case MoveKind.SAVE:
+                assert SequenceSnapshot.from_bytes(move.snapshot).num_computed <= len(move.pages) * self.page_size
+                self.files[move.file] = [list(self.memory[page]) for page in move.pages]
+            case MoveKind.LOAD:
+                for page, ordinal in zip(move.pages, move.host_pages, strict=True):
+                    self.memory[page] = list(self.files[move.file][ordinal])
+            case MoveKind.ERASE:
+                self.files.pop(move.file, None)
             case MoveKind.SEND:
                 self.wires.setdefault(move.link, deque()).append([list(self.memory[page]) for page in move.pages])
             case MoveKind.RECEIVE:
@@ -181,12 +191,13 @@ def hash_engine(
     clock: Callable[[], float] = time.monotonic,
     host_pages: int = 0,
     preemption: str = "recompute",
+    disk_pages: int = 0,
     wires: dict[str, deque[list[Page]]] | None = None,
 ) -> Engine:
     """A real engine around the hash model."""
     max_running = min(max_running, max_batch_tokens)
     pool = PagePool(pages, page_size, b"key", prefix_cache)
-    scheduler = Scheduler(pool, max_batch_tokens, max_running, (EOS,), host_pages, preemption)
+    scheduler = Scheduler(pool, max_batch_tokens, max_running, (EOS,), host_pages, preemption, disk_pages)
     info = ModelInfo(
         "hash", "", max_model_len, VOCAB, (EOS,), 0, page_size, pages * page_size, max_running + max_waiting, max_running=max_running
     )

@@ -22,7 +22,11 @@ PLAN = StepPlan(
     pages=((1, (4, 5)), (3, ())),
     copies=((1, 2),),
     forget=(9, 8),
-    moves=(Move(4, MoveKind.OUT, (1, 2), (3, 4)), Move(5, MoveKind.RECEIVE, (6,), (), "a-b")),
+    moves=(
+        Move(4, MoveKind.OUT, (1, 2), (3, 4)),
+        Move(5, MoveKind.RECEIVE, (6,), (), "a-b"),
+        Move(6, MoveKind.SAVE, (7,), (), "", "0", b"s"),
+    ),
     fenced=(2, 3),
     links=(LinkEnd("a-b", 2, ()), LinkEnd("b-a", 1, ("10.0.0.1:5",))),
     closed=("c",),

@@ -18,6 +18,7 @@ from quire.worker.sequence import Sequence
 COSTS = Costs(
     prefill_tokens_per_s=1000.0, step_s=0.05, out_pages_per_s=100.0, in_pages_per_s=200.0, link_pages_per_s=50.0, handshake_s=0.01
 )
+SLOW_DISK = COSTS._replace(save_pages_per_s=20.0, load_pages_per_s=40.0)
 RELIEF = Relief("replica-1", pages=20)
 NEED = Shortage(pages=1, leaving=0, running=4)
 
@@ -58,6 +59,29 @@ TABLE = {
     ),
     "so is what others hold, or the host has": Case("a", Action.SWAP, Reason.CHEAPEST, 0.05, [victim("a", out_pages=0)]),
     "no room in host memory": Case("a", Action.RECOMPUTE, Reason.ONLY, 0.32, [victim("a", out_pages=None)]),
+    # 10/20 + 10/40 = 0.75 s
+    "the disk is cheaper": Case(
+        "a",
+        Action.SUSPEND,
+        Reason.CHEAPEST,
+        0.75,
+        [victim("a", out_pages=None, disk_pages=10)],
+        costs=SLOW_DISK._replace(prefill_tokens_per_s=400),
+    ),
+    "the disk is not cheaper": Case(
+        "a", Action.RECOMPUTE, Reason.CHEAPEST, 0.32, [victim("a", out_pages=None, disk_pages=10)], costs=SLOW_DISK
+    ),
+    "the disk is busy": Case(
+        "a",
+        Action.RECOMPUTE,
+        Reason.CHEAPEST,
+        0.8,
+        [victim("a", out_pages=None, disk_pages=10)],
+        costs=SLOW_DISK._replace(prefill_tokens_per_s=400, save_queue=2),
+    ),
+    "told to swap, and only the disk has room": Case(
+        "a", Action.SUSPEND, Reason.MODE, 0.75, [victim("a", out_pages=None, disk_pages=10)], costs=SLOW_DISK, mode="swap"
+    ),
     "copies stand before it": Case(
         "a", Action.RECOMPUTE, Reason.CHEAPEST, 0.32, [victim("a")], costs=COSTS._replace(out_queue=10, in_queue=20)
     ),

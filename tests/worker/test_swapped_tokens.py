@@ -53,6 +53,23 @@ def test_text_is_the_same_when_sequences_are_swapped_at_random(model: Path, requ
         assert stats.pages_active == stats.host_pages_active == 0
 
 
+def test_text_is_the_same_when_sequences_are_suspended_to_disk_at_random(model: Path, tmp_path: Path) -> None:
+    undisturbed = serve(engine(model, kv_pages=200, page_size=8), 60, 0.0)
+    options = {"page_size": 8, "max_batch_tokens": 48, "host_memory": "64KiB", "disk_path": str(tmp_path), "disk_memory": "4MiB"}
+    for preemption, kv_pages in (("swap", 30), ("decide", 60)):
+        suspended = engine(model, kv_pages=kv_pages, preemption=preemption, **options)
+        assert serve(suspended, 60, 0.05) == undisturbed
+        stats = suspended.stats()
+        assert stats.moved_bytes["save"] > 0
+        assert stats.moved_bytes["load"] > 0
+        assert stats.pages_active == stats.host_pages_active == 0
+        while suspended.scheduler.moves.under_way() or suspended.scheduler.moves.pending():
+            suspended.step()
+        assert suspended.stats().disk_pages == 0
+        assert [list(own.iterdir()) for own in tmp_path.iterdir()] == [[]]
+        suspended.runner.close()
+
+
 def test_a_prefix_from_host_memory_gives_the_same_text(model: Path) -> None:
     """A working set of prefixes three times the device pool: the second time round they come from host memory."""
     prompts = [prompt(k, 100) for k in range(9)]

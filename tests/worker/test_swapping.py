@@ -61,7 +61,7 @@ def test_a_sequence_leaves_whole_and_comes_back_with_every_page() -> None:
     assert [new.pages for new in plan.new] == [(0, 1, 4)]
     assert scheduler.host.pages.counts().free == 8
     assert scheduler.counters.recomputed_tokens == 0
-    assert scheduler.decisions.counts == {"wait": 1, "recompute": 0, "swap": 1, "migrate": 0}
+    assert scheduler.decisions.counts == {"wait": 1, "recompute": 0, "swap": 1, "suspend": 0, "migrate": 0}
 
 
 def test_what_host_memory_or_the_device_still_has_is_not_copied() -> None:
@@ -177,11 +177,15 @@ def test_a_page_that_is_copied_on_write_leaves_with_what_it_was_to_hold() -> Non
 
 
 def swap_at_random(engine: Engine, draw: random.Random, often: float) -> None:
-    """Between two steps: somebody who runs goes to host memory, if there is room."""
+    """Between two steps: somebody who runs goes to host memory, or to disk, if there is room."""
     scheduler = engine.scheduler
     for s in [s for s in scheduler.running if s.num_computed and draw.random() < often]:
-        scored = s.params.prompt_logprobs is not None
-        if not scored and scheduler.host.lacks(scheduler.contents(s)) is not None:
+        if s.params.prompt_logprobs is not None:
+            continue
+        contents = scheduler.contents(s)
+        if scheduler.disk.holds(len(contents)) and draw.random() < 0.5:
+            scheduler._suspend(s)
+        elif scheduler.host.lacks(contents) is not None:
             scheduler._swap_out(s)
 
 
@@ -198,6 +202,7 @@ def test_text_is_the_same_when_sequences_are_swapped_at_random(seed: int) -> Non
         prefix_cache=draw.random() < 0.7,
         host_pages=draw.choice([6, 40, 200]),
         preemption=draw.choice(["decide", "swap", "swap", "recompute"]),
+        disk_pages=draw.choice([0, 0, 20, 200]),
     )
     engine.runner.delay = draw.randint(1, 4)
     engine.runner.failing = draw.choice([None, None, 7])
