@@ -8,25 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from ..worker.protocol import LiveRequest
+from ..worker.protocol import LiveRequest, MigrationResult, Outcome
 from .messages import Route
 from .policies import ReplicaSnapshot
 from .rebalancing import COOLDOWN_S, FREE_TO_MOVE_AGAIN, Move, Need, Place, Reason, Role, looked_at, place, plan, size
 
-MOVED = "moved"
 RETRY_S = 1.0  # after a move that failed, nothing is tried with that request
-
-
-class Outcome(NamedTuple):
-    """What came of one migration: `outcome` is one of `worker.migration_wire.Outcome`, or "lost" when the source does not say."""
-
-    outcome: str
-    pages: int = 0
-    bytes: int = 0
-    downtime_ms: float = 0.0
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +27,9 @@ class Moved:
     downtime_ms: float = 0.0
     longest_ms: float = 0.0
 
-    def plus(self, of: Outcome) -> Moved:
+    def plus(self, of: MigrationResult) -> Moved:
         """With one more."""
-        moved = of.outcome == MOVED
+        moved = of.outcome == Outcome.MOVED
         return Moved(
             self.moves + moved,
             self.pages + of.pages,
@@ -90,11 +78,11 @@ class Mobility:
         """It is under way."""
         self.under_way[move.request_id] = move
 
-    def ended(self, move: Move, outcome: Outcome, now_s: float) -> None:
+    def ended(self, move: Move, outcome: MigrationResult, now_s: float) -> None:
         """It is over."""
         self.under_way.pop(move.request_id, None)
         self._ended.pop(move.request_id, None)
-        self._ended[move.request_id] = now_s, outcome.outcome != MOVED
+        self._ended[move.request_id] = now_s, outcome.outcome != Outcome.MOVED
         self._counts[move.reason.value, outcome.outcome] += 1
         self.total = self.total.plus(outcome)
         if move.source.replica_id in self._drains:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Some
 from typing import NamedTuple, Protocol
 
-from .migration_wire import Moving, Outcome
-from .protocol import SequenceOutput
+from .migration_wire import Moving
+from .protocol import Outcome, SequenceOutput
 from .scheduler import Scheduler
 from .sequence import Request, Sequence, State
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from .engine import Engine
-from .migration_wire import MigrationResult, Outcome, Peer
+from .migration_wire import Peer
 from .migrator import Mail
 from .protocol import (
     BadRequest,
@@ -24,6 +24,8 @@ from .protocol import (
     EventFrame,
     GenerateRequest,
     LiveRequest,
+    MigrationResult,
+    Outcome,
     ReplicaLost,
 )
 from .subscriptions import Deliver, Subscriptions

@@ -22,16 +22,14 @@ from .migration_wire import (
     Commit,
     Committed,
     Message,
-    MigrationResult,
     Offer,
-    Outcome,
     Pages,
     Peer,
     Ready,
 )
 from .page_moves import PageMoves
 from .plan import LinkEnd, Moved, MoveKind
-from .protocol import SequenceOutput
+from .protocol import MigrationResult, Outcome, SequenceOutput
 
 LEASE_S = 10.0  # of silence, after which the other side is given up
 REPEAT_S = 1.0  # between two messages of the source, at most

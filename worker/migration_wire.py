@@ -16,7 +16,6 @@ that is its lease at the destination. A migration is named by a nonce that is ne
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import NamedTuple
 
 from .snapshot import SequenceSnapshot
@@ -29,32 +28,6 @@ class Peer(NamedTuple):
     actor: str
     replica_id: str
     epoch: int
-
-
-class Outcome(StrEnum):
-    """How a migration ended, seen from its source."""
-
-    MOVED = "moved"  # it goes on at the destination
-    FILLED = "filled"  # the pages have been copied
-    REFUSED = "refused"  # by the destination, or here: nothing was begun
-    ABORTED = "aborted"  # it goes on at the source, if it has not ended or been given up meanwhile
-    LOST = "lost"  # the destination has not answered whether it took over: ended here too, so its ingress resumes it
-
-
-class MigrationResult(NamedTuple):
-    """What came of a migration.
-
-    Attributes:
-        pages, bytes: that were sent, by all ranks.
-        downtime_ms: from the step boundary at which the source stopped until it heard that the destination goes on.
-        reason: why not, in words; empty for `MOVED` and `FILLED`.
-    """
-
-    outcome: Outcome
-    pages: int = 0
-    bytes: int = 0
-    downtime_ms: float = 0.0
-    reason: str = ""
 
 
 class Format(NamedTuple):

@@ -25,16 +25,14 @@ from .migration_wire import (
     Commit,
     Envelope,
     Message,
-    MigrationResult,
     Offer,
-    Outcome,
     Pages,
     Peer,
     pack_message,
     unpack_message,
 )
 from .pressure import Relief
-from .protocol import SamplingParams, SequenceOutput
+from .protocol import MigrationResult, Outcome, SamplingParams, SequenceOutput
 from .sequence import Request
 from .strict_wire import BadMessage
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping
 
 from ...worker.config import ClusterOptions
-from ...worker.protocol import LiveRequest, ReplicaLost
+from ...worker.protocol import LiveRequest, MigrationResult, Outcome, ReplicaLost
 from ..admin import DrainStatus, MoveRow, NotNow, UnknownReplica, UnknownRequest
 from ..controller import DRAINED, Controller, ReplicaState
 from ..global_scheduler import GlobalScheduler
 from ..messages import Route
-from ..mobility import Mobility, Outcome, by_hand
+from ..mobility import Mobility, by_hand
 from ..rebalancing import Move, Need, Place, Relief, Role, relief
 from ..routing import Router
 from .calls import LifeName, answer
@@ -185,13 +185,13 @@ class Movers:
     async def _carry_out(self, move: Move) -> MoveRow:
         """One migration, to its end."""
         life, destination = self._lives.get(LifeName(*move.source)), LifeName(*move.destination)
-        outcome = Outcome("lost", reason=f"{move.source.replica_id} is gone")
+        outcome = MigrationResult(Outcome.LOST, reason=f"{move.source.replica_id} is gone")
         try:
             if life is not None:
                 call = life.leader.migrate.remote(move.request_id, str(destination), *destination)
-                outcome = Outcome(*await answer(call, MIGRATION_TIMEOUT_S))
+                outcome = MigrationResult(*await answer(call, MIGRATION_TIMEOUT_S))
         except ReplicaLost as error:
-            outcome = Outcome("lost", reason=str(error))
+            outcome = MigrationResult(Outcome.LOST, reason=str(error))
         finally:
             self.books.ended(move, outcome, time.monotonic())
             self._router.forget(move.request_id)

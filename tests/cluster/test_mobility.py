@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from quire.cluster.ledger import NOTHING
 from quire.cluster.messages import Route
-from quire.cluster.mobility import RETRY_S, Mobility, Moved, Outcome, by_hand
+from quire.cluster.mobility import RETRY_S, Mobility, Moved, by_hand
 from quire.cluster.policies import ReplicaSnapshot, snapshot
 from quire.cluster.rebalancing import COOLDOWN_S, FRESH_S, Move, Reason, Role
-from quire.worker.protocol import LiveRequest, ModelInfo, ReplicaLoad
+from quire.worker.protocol import LiveRequest, MigrationResult, ModelInfo, Outcome, ReplicaLoad
 
 A, B = Route("replica-0", 1), Route("replica-1", 1)
 INFO = ModelInfo("m", "", 1000, 9, (), 0, page_size=10, pool_tokens=1000, max_running=16)
@@ -38,14 +38,14 @@ def test_a_request_that_has_moved_rests_and_one_that_could_not_is_tried_later() 
     assert move == Move("x", A, B, Reason.OPERATOR, 10, 1)
     books.drain("replica-0", True)
     books.begin(move)
-    books.ended(move, Outcome("refused", reason="no seat"), 10.0)
+    books.ended(move, MigrationResult(Outcome.REFUSED, reason="no seat"), 10.0)
     assert books.plan(places, {A: [X]}, None, True, 10.0) == []
     assert len(books.plan(places, {A: [X]}, None, True, 10.0 + RETRY_S)) == 1  # a drain does not wait for the cooldown
     calm = [place_a._replace(draining=False), place_b]
     assert books.plan(calm, {A: [X]}, None, True, 10.0 + RETRY_S) == []
     assert len(books.plan(calm, {A: [X]}, None, True, 10.0 + COOLDOWN_S)) == 1
-    books.ended(move, Outcome("moved", 9, 900, 12.5), 20.0)
-    books.ended(move, Outcome("moved", 1, 100, 2.5), 20.0)
+    books.ended(move, MigrationResult(Outcome.MOVED, 9, 900, 12.5), 20.0)
+    books.ended(move, MigrationResult(Outcome.MOVED, 1, 100, 2.5), 20.0)
     assert books.counts() == {("operator", "refused"): 1, ("operator", "moved"): 2}
     assert books.total == books.drained("replica-0") == Moved(2, 10, 1000, 15.0, 12.5)
     books.drain("replica-0", False)

@@ -17,9 +17,9 @@ from quire.worker.config import MigrationOptions
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.migration import SourceMigration
 from quire.worker.migration_destination import DestinationMigration
-from quire.worker.migration_wire import Envelope, MigrationResult, Peer, unpack_message
+from quire.worker.migration_wire import Envelope, Peer, unpack_message
 from quire.worker.migrator import Mail
-from quire.worker.protocol import FinishReason, GenerateRequest, QuireError, SamplingParams, SequenceOutput, unpack_frame
+from quire.worker.protocol import FinishReason, GenerateRequest, MigrationResult, QuireError, SamplingParams, SequenceOutput, unpack_frame
 from quire.worker.sequence import sequence_seed
 
 PAGE = 4

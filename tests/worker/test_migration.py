@@ -8,7 +8,8 @@ from migration_world import PAGE, Trouble, World, assert_idle
 from quire.worker.config import MigrationOptions
 from quire.worker.migration import LEASE_S, Source
 from quire.worker.migration_destination import Destination
-from quire.worker.migration_wire import Accept, Commit, Committed, Offer, Outcome, Pages, Ready
+from quire.worker.migration_wire import Accept, Commit, Committed, Offer, Pages, Ready
+from quire.worker.protocol import Outcome
 
 PROMPT = list(range(1, 11))
 

@@ -18,9 +18,9 @@ from transformers import LlamaConfig
 from quire.worker.config import EngineOptions, MigrationOptions
 from quire.worker.engine import Engine
 from quire.worker.engine_loop import EngineLoop
-from quire.worker.migration_wire import Outcome, Peer
+from quire.worker.migration_wire import Peer
 from quire.worker.migrator import Mail
-from quire.worker.protocol import FinishReason, GenerateRequest, SamplingParams, SequenceOutput, unpack_frame
+from quire.worker.protocol import FinishReason, GenerateRequest, Outcome, SamplingParams, SequenceOutput, unpack_frame
 
 PROMPTS = ((5, 9, 2, 33, 7), tuple(range(1, 40)))
 LONG = {"max_tokens": 90, "ignore_eos": True}
