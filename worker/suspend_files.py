@@ -110,15 +110,16 @@ class SuspendFiles:
 
     def _save(self, move: Move) -> None:
         SequenceSnapshot.from_bytes(move.snapshot)  # what cannot be read is not written
-        pages = [_bytes(self._kv.pool[page]) for page in move.pages]
-        head = pack(_Head(move.snapshot, self._kv.page_bytes, tuple(map(_digest, pages))))
+        digests = tuple(_digest(_bytes(self._kv.pool[page])) for page in move.pages)  # page by page: all at once may be more than is free
+        head = pack(_Head(move.snapshot, self._kv.page_bytes, digests))
         start = MAGIC + bytes([VERSION]) + len(head).to_bytes(_LENGTH, "little") + _digest(head) + head
         unfinished = f"{move.file}.unfinished"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
             with _opened(unfinished, flags, self._directory.fd) as file:
-                for some in (start, *pages):
-                    _write(file, some)
+                _write(file, start)
+                for page in move.pages:
+                    _write(file, _bytes(self._kv.pool[page]))
             os.rename(unfinished, move.file, src_dir_fd=self._directory.fd, dst_dir_fd=self._directory.fd)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
