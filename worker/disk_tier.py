@@ -1,6 +1,6 @@
 """The books of the disk beside the pools: which sequence lies in which file, and how many pages all files hold. Pure.
 
-    suspend -> being written -> there, or lost -> bring (as often as it takes) -> drop: erased
+    suspend -> being written -> there -> bring (as often as it takes) -> drop: erased
 
 A file belongs to one sequence that was swapped out, holds all its pages, and dies with its return or its end. Each rank has a file of that
 name for its part. Files are written, read and erased in the order in which that was asked for.
@@ -30,14 +30,14 @@ class DiskTier:
         self._next = 0
         self._pages: dict[str, int] = {}  # file -> pages, until it is erased
         self._writing: set[str] = set()
-        self._lost: set[str] = set()
 
     def holds(self, pages: int) -> bool:
         """Whether there is room for so many."""
         return 0 < pages <= self.total - self.used
 
     def suspend(self, snapshot: bytes, pages: Sequence[int], done: Callable[[Moved], None]) -> str:
-        """Write device `pages` into a new file, behind `snapshot`; its name. `done` hears of the end of that."""
+        """Write device `pages` into a new file, behind `snapshot`; its name. `done` hears of the end of that; if it failed, the file is
+        still to be dropped."""
         name = f"{self._next}"
         self._next += 1
         self._pages[name] = len(pages)
@@ -47,12 +47,8 @@ class DiskTier:
         return name
 
     def ready(self, name: str) -> bool:
-        """Whether a file is there, or will not be any more."""
+        """Whether a file has been written."""
         return name not in self._writing
-
-    def lost(self, name: str) -> bool:
-        """Whether it could not be written."""
-        return name in self._lost
 
     def bring(self, name: str, ordinals: Sequence[int], pages: Sequence[int], done: Callable[[Moved], None]) -> None:
         """Read some of a file's pages into reserved device `pages`."""
@@ -65,12 +61,10 @@ class DiskTier:
     def _written(self, name: str, done: Callable[[Moved], None], moved: Moved) -> None:
         self._writing.remove(name)
         if moved.error is not None:
-            self._lost.add(name)
             self.total = self.used - self._pages[name]  # the disk has no room for more than lies there: nobody tries that again
         done(moved)
 
     def _erased(self, name: str, moved: Moved) -> None:
-        self._lost.discard(name)
         if moved.error is None:  # else it still takes its room
             self.used -= self._pages.pop(name)
 

@@ -141,11 +141,16 @@ class Swapping(Roster):
         contents, computed = self.contents(s), s.num_computed
         pages = s.pages[: len(contents)]
         copy = self._copies.get(s)
-        name = self.disk.suspend(SequenceSnapshot.of(s, 0, computed).to_bytes(), pages, partial(self._charge, s))
+        name = self.disk.suspend(SequenceSnapshot.of(s, 0, computed).to_bytes(), pages, partial(self._suspended, s))
         self._preempt(s)
         s.kept = Kept([], contents, computed, name)
         if copy is not None:
             self._copies[s] = copy
+
+    def _suspended(self, s: Sequence, moved: Moved) -> None:
+        self._charge(s, moved)
+        if moved.error is not None:  # it is lost, and starts from what is found
+            self._drop_kept(s)
 
     def _charge(self, s: Sequence, moved: Moved) -> None:
         if s.decision is not None:
@@ -179,11 +184,10 @@ class Swapping(Roster):
         return Origin(pages, host_pages, hashes, min(kept.computed, intact * self.pool.page_size))
 
     def _origin_in_file(self, kept: Kept) -> Origin:
-        contents = [] if self.disk.lost(kept.file) else kept.contents
-        pages = [None if content is None else self.pool.holder(content) for content in contents]
+        pages = [None if content is None else self.pool.holder(content) for content in kept.contents]
         ordinals = [i for i, page in enumerate(pages) if page is None]
-        hashes = [content.hash for content in contents if content is not None]
-        return Origin(pages, ordinals, hashes, kept.computed if contents else 0, file=kept.file)
+        hashes = [content.hash for content in kept.contents if content is not None]
+        return Origin(pages, ordinals, hashes, kept.computed, file=kept.file)
 
     def _origin_found(self, s: Sequence) -> Origin:
         """The longest prefix that is found, on the device and in host memory by turns, as far as bringing it is worth while."""
