@@ -110,6 +110,25 @@ class Figures:
     downtime_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleFigures:
+    """The number of replicas.
+
+    Attributes:
+        target, ready, leaving: replicas that there are to be, those of them that are ready, and those that are being emptied to go.
+        wanted: what the policy asked for last.
+        gpus: that the target takes.
+        decisions: why (`autoscaling_guard.Why`) -> decisions of the autoscaler, since the controller began.
+    """
+
+    target: int = 0
+    ready: int = 0
+    leaving: int = 0
+    wanted: float = 0.0
+    gpus: int = 0
+    decisions: Mapping[str, int] = field(default_factory=dict)
+
+
 class MoveRow(NamedTuple):
     """What came of one migration. `outcome` is `moved`, `refused`, `aborted` (it goes on at `source`) or `lost` (it is resumed from its
     journal); `cause` says why it was moved, `reason` why it was not.
@@ -150,6 +169,7 @@ class ClusterStatus:
     replicas: tuple[ReplicaRow, ...] = ()
     requests: tuple[RequestRow, ...] = ()
     figures: Figures = Figures()
+    scale: ScaleFigures = ScaleFigures()
 
     def as_json(self) -> dict[str, Any]:
         """What `quire status --json` prints: a fixed schema, so other figures have other routes."""
@@ -221,6 +241,19 @@ class AdminPort(Protocol):
 
     async def rebalance(self) -> list[MoveRow]:
         """One round of all policies, now; returns when the moves are over."""
+        ...
+
+    async def scale(self, replicas: int | None) -> dict[str, Any]:
+        """So many replicas from now on, until it is said again; None: as the autoscaler says. Returns what `autoscaling` returns.
+
+        Raises:
+            NotNow: so many may not be, or there is no autoscaler.
+        """
+        ...
+
+    async def autoscaling(self) -> dict[str, Any]:
+        """The number of replicas: autoscaler, by_hand, target, ready, not_ready (replica id -> why), leaving (replica id -> requests
+        that have moved), stays_because (why too many are left), limits, latest, and the last decisions with their inputs."""
         ...
 
     async def set_log_level(self, level: str) -> None:

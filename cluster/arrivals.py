@@ -20,7 +20,7 @@ class ArrivalWindow:
         self._begun_s: float | None = None
 
     def came(self, tokens: float, now_s: float) -> None:
-        """A new request, with so many prompt tokens to compute."""
+        """A new request, with so many prompt tokens."""
         if self._begun_s is None:
             self._begun_s = now_s
         self._came.append((now_s, tokens))

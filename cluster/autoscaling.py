@@ -65,7 +65,7 @@ class Arrivals(NamedTuple):
     """What has come lately (`cluster.arrivals`).
 
     Attributes:
-        requests_per_s, tokens_per_s: requests, and their prompt tokens that are not known to be cached.
+        requests_per_s, tokens_per_s: requests, and their prompt tokens.
         mean_tokens, high_tokens: of one request; high is the 99th percentile.
         variation: of these tokens, the squared coefficient of variation.
     """

@@ -85,5 +85,6 @@ class EngineClient(Protocol):
         ...
 
     def silent_s(self) -> float:
-        """Seconds since the last frame of the replica that was heard from most recently; inf when none was yet."""
+        """Seconds since the last frame of the replica that was heard from most recently; inf when none was yet, and 0 while
+        there is to be none."""
         ...

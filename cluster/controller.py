@@ -6,8 +6,10 @@ the replicas report, and acts on what it says. It holds nothing that the replica
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import NamedTuple
 
 from ..worker.protocol import EngineStats, ModelInfo, ReplicaLoad
@@ -70,7 +72,9 @@ class Replica:
     heard_s: float = 0.0  # its last word
     start_at_s: float | None = 0.0  # when its next life is due
     failed_starts: int = 0  # in a row
-    draining: bool = False  # an operator wants it empty
+    draining: bool = False  # it is wanted empty
+    leaving: bool = False  # and is to go for good then
+    missing_s: float | None = None  # since when it has not been there
     backoff: Backoff = field(default_factory=Backoff)
 
     @property
@@ -85,7 +89,7 @@ class Controller:
     """The replica table.
 
     Args:
-        replicas: how many there are to be, `replica-0` and so on.
+        replicas: how many there are to be at first, `replica-0` and so on.
         start_timeout_s: that a life may take to become ready.
     """
 
@@ -99,7 +103,7 @@ class Controller:
 
     def due(self, now_s: float) -> list[str]:
         """The replicas whose next life is to be started now."""
-        return [r.replica_id for r in self._replicas.values() if r.start_at_s is not None and r.start_at_s <= now_s]
+        return [r.replica_id for r in self._replicas.values() if r.start_at_s is not None and r.start_at_s <= now_s and not r.leaving]
 
     def begin(self, replica_id: str, now_ms: int, now_s: float) -> int:
         """A new life of a replica starts; its epoch.
@@ -206,6 +210,43 @@ class Controller:
         replica = self._replicas[replica_id]
         if replica.state is ReplicaState.DEAD:
             replica.start_at_s = now_s
+
+    # --- how many there are to be ---
+
+    def staying(self) -> list[Replica]:
+        """All but those that are to go."""
+        return [r for r in self._replicas.values() if not r.leaving]
+
+    def leaving(self) -> list[Replica]:
+        """Those that are to go as soon as they are empty."""
+        return [r for r in self._replicas.values() if r.leaving]
+
+    def add(self, now_s: float) -> str:
+        """One more, which starts at once: under the lowest number that is free, and with an epoch above all that had it before."""
+        name = next(name for name in map("replica-{}".format, count()) if name not in self._replicas)
+        self._replicas[name] = Replica(name, start_at_s=now_s)
+        self._replicas = dict(sorted(self._replicas.items(), key=lambda row: int(row[0].rpartition("-")[2])))
+        return name
+
+    def leave(self, replica_id: str, leaving: bool = True) -> None:
+        """It is to go, or is to stay after all."""
+        self._replicas[replica_id].leaving = leaving
+
+    def remove(self, replica_id: str) -> None:
+        """It is no longer one of ours; what is left of its life is to end."""
+        self._replicas.pop(replica_id, None)
+
+    def restore(self, replicas: Iterable[str], leaving: Iterable[str]) -> None:
+        """The replicas that a controller before this one had, none of them known yet."""
+        going = set(leaving)
+        self._replicas = {name: Replica(name, leaving=name in going) for name in (*replicas, *going)}
+
+    def unready_s(self, now_s: float) -> float:
+        """For how long the one of those that stay has been missing that has been for longest. To be asked now and then."""
+        for r in self._replicas.values():
+            there = r.state in (ReplicaState.READY, ReplicaState.SUSPECT)
+            r.missing_s = None if there else now_s if r.missing_s is None else r.missing_s
+        return max((now_s - r.missing_s for r in self.staying() if r.missing_s is not None), default=0.0)
 
     # --- what there is ---
 

@@ -45,11 +45,19 @@ class Serving(NamedTuple):
     info: ModelInfo
 
 
+class ServingNow(NamedTuple):
+    """What an ingress follows: the key of page hashes, the replicas that are ready, and the model while no replica is to be."""
+
+    hash_key: bytes
+    serving: list[Serving]
+    asleep: ModelInfo | None = None
+
+
 class ControllerPort(Protocol):
     """The controller. Every call that waits raises ReplicaLost when there is no answer in time."""
 
-    async def serving(self) -> tuple[bytes, list[Serving]]:
-        """The key of page hashes, and the replicas that are ready."""
+    async def serving(self) -> ServingNow:
+        """What there is."""
         ...
 
     async def admit(self, request: AdmitRequest) -> Route | None:
@@ -133,6 +141,7 @@ class RemoteEngineClient:
         self._ended: deque[Owner] = deque(maxlen=ENDED_LINKS)
         self._changed = asyncio.Condition()
         self._info: ModelInfo | None = None
+        self._asleep = False  # no replica is to be, so that none is heard
         self._hash_key = b""
         self._requests = 0
         self._recovery = RecoveryStats()
@@ -181,7 +190,7 @@ class RemoteEngineClient:
 
     def silent_s(self) -> float:
         """As `EngineClient.silent_s`."""
-        return self._table.silent_s(self._clock())
+        return 0.0 if self._asleep else self._table.silent_s(self._clock())
 
     async def ready(self, timeout_s: float) -> ModelInfo:
         """Waits until a replica's first frame is here.
@@ -287,8 +296,7 @@ class RemoteEngineClient:
         away = False
         while True:
             try:
-                self._hash_key, serving = await self._controller.serving()
-                await self._update(serving)
+                await self._update(await self._controller.serving())
                 away = False
             except ReplicaLost as error:  # streams go on without a controller
                 if not away:
@@ -301,9 +309,11 @@ class RemoteEngineClient:
                     link.port.renew(link.connection)
             await asyncio.sleep(FOLLOW_S)
 
-    async def _update(self, serving: list[Serving]) -> None:
-        lives = {Owner(s.replica_id, s.epoch): s.info for s in serving}
-        self._info = next(iter(lives.values()), self._info)
+    async def _update(self, now: ServingNow) -> None:
+        self._hash_key = now.hash_key
+        lives = {Owner(s.replica_id, s.epoch): s.info for s in now.serving}
+        self._asleep = now.asleep is not None
+        self._info = next(iter(lives.values()), now.asleep or self._info)
         for owner, link in self._links.items():
             # Only a later life ends a link. One that is merely not named (the controller may have forgotten it) goes on.
             if link.pull is not None and any(o.replica_id == owner.replica_id and o.epoch > owner.epoch for o in lives):

@@ -6,7 +6,9 @@ codes), never from requests.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -16,6 +18,9 @@ from prometheus_client.registry import Collector
 
 from ..cluster.client import RecoveryStats
 from ..worker.protocol import EngineStats
+
+WINDOW_S = 30.0
+MOST_OBSERVED = 10_000
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
@@ -53,11 +58,34 @@ _PAGE_STATES = ("free", "cached", "active", "reserved")
 _HOST_STATES = ("free", "cached", "active")
 
 
+class Lately:
+    """What was observed in the last `WINDOW_S`, of the latest `MOST_OBSERVED`."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque(maxlen=MOST_OBSERVED)
+
+    def observe(self, seconds: float) -> None:
+        self._seen.append((time.monotonic(), seconds))
+
+    def high_s(self) -> float | None:
+        """The 99th percentile; None when there was nothing."""
+        since_s = time.monotonic() - WINDOW_S
+        while self._seen and self._seen[0][0] < since_s:
+            self._seen.popleft()
+        ordered = sorted(seconds for _, seconds in self._seen)
+        return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else None
+
+
 class Metrics:
-    """One registry for one app."""
+    """One registry for one app.
+
+    Attributes:
+        ttft, tpot: what they were lately, for the autoscaler.
+    """
 
     def __init__(self, stats: Callable[[], Mapping[str, EngineStats]], recovery: Callable[[], RecoveryStats] = RecoveryStats) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside every histogram, of no use to anybody
+        self.ttft, self.tpot = Lately(), Lately()
         self._registry = CollectorRegistry()
         self._http: dict[tuple[str, int], int] = {}
         self._ttft = Histogram("quire_ttft_seconds", "Request received to first output.", buckets=_TTFT_S, registry=self._registry)
@@ -76,7 +104,7 @@ class Metrics:
 
     def generation(self, started_s: float) -> GenerationClock:
         """A clock for a request that was received at `started_s` (time.perf_counter)."""
-        return GenerationClock(Latencies(self._admission, self._ttft, self._tpot, self._e2e), started_s)
+        return GenerationClock(Latencies(self._admission, self._ttft, self._tpot, self._e2e, self.ttft, self.tpot), started_s)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -90,13 +118,15 @@ class Latencies(NamedTuple):
     ttft: Histogram
     tpot: Histogram
     e2e: Histogram
+    ttft_lately: Lately
+    tpot_lately: Lately
 
 
 class GenerationClock:
     """When the outputs of one request came. Only requests that end by themselves count for latency."""
 
     def __init__(self, latencies: Latencies, started_s: float) -> None:
-        self._admission, self._ttft, self._tpot, self._e2e = latencies
+        self._admission, self._ttft, self._tpot, self._e2e, self._ttft_lately, self._tpot_lately = latencies
         self._started_s = started_s
         self._first_s: dict[int, float] = {}
         self.ttft_s: float | None = None
@@ -108,6 +138,7 @@ class GenerationClock:
             if not self._first_s:
                 self.ttft_s = now_s - self._started_s
                 self._ttft.observe(self.ttft_s)
+                self._ttft_lately.observe(self.ttft_s)
                 if waited_s is not None:
                     self._admission.observe(waited_s)
             self._first_s[choice] = now_s
@@ -115,7 +146,9 @@ class GenerationClock:
     def ended(self, choice: int, tokens: int) -> None:
         """A choice has ended with so many tokens."""
         if tokens > 1 and choice in self._first_s:
-            self._tpot.observe((time.perf_counter() - self._first_s[choice]) / (tokens - 1))
+            tpot_s = (time.perf_counter() - self._first_s[choice]) / (tokens - 1)
+            self._tpot.observe(tpot_s)
+            self._tpot_lately.observe(tpot_s)
 
     def all_ended(self) -> None:
         """The request has ended."""

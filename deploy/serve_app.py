@@ -150,10 +150,17 @@ class IngressActor:
     async def _register(self) -> None:
         while True:
             try:
-                logging.getLogger().setLevel((await self._registration.renew()).upper())
+                logging.getLogger().setLevel((await self._registration.renew(*self._lately())).upper())
             except ReplicaLost as error:  # a controller that comes back hears of us then
                 log.debug("could not register: %s", error)
             await asyncio.sleep(REGISTER_S)
+
+    def _lately(self) -> tuple[float | None, float | None]:
+        """99th percentiles of time to first token and per output token."""
+        if self._app is None:
+            return None, None
+        metrics = self._app.state.api.metrics
+        return metrics.ttft.high_s(), metrics.tpot.high_s()
 
     def _load_tokenizer(self, phases: dict[str, float]) -> Tokenizer:
         from ..worker.text.tokenizer import load_tokenizer

@@ -182,6 +182,30 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AutoscalingOptions:
+    """How many replicas there are, when that may change (docs/autoscaling.md)."""
+
+    autoscaler: str | None = option(
+        None, "what changes the number of replicas: queue, slo, pages, schedule, ongoing, or module:Class of your own; default: only you do"
+    )
+    min_replicas: int = option(1, "fewest replicas that the autoscaler leaves; 0: all may go while nothing is asked")
+    max_replicas: int | None = option(None, "most replicas that there may be; needed with --autoscaler")
+    gpu_budget: int | None = option(None, "most GPUs (ranks) of all replicas together; it wins over --min-replicas")
+    target_ttft_ms: float | None = option(None, "slo: 99th percentile of the time to first token that is to be kept")
+    target_tpot_ms: float | None = option(None, "slo: the same of the time per output token")
+    target_wait_s: float = option(2.0, "queue: prompt tokens that wait are to be computed in so many seconds")
+    target_ongoing: float = option(2.0, "ongoing: requests for each replica, as in Ray Serve")
+    schedule: tuple[str, ...] = option(
+        (), "'MINUTE HOUR DAY MONTH WEEKDAY REPLICAS', as in cron: a floor while it matches, beside any autoscaler; repeatable", kind="list"
+    )
+    schedule_timezone: str = option("UTC", "IANA name of the time zone of --schedule")
+    autoscaler_arg: tuple[str, ...] = option((), "name=value, an argument of the policy's class; repeatable", kind="list")
+    scale_up_cooldown_s: float = option(3.0, "more replicas must have been wanted for so long, and since the last change")
+    scale_down_cooldown_s: float = option(300.0, "fewer must have been wanted for so long, and since the last change")
+    scale_to_zero_s: float = option(600.0, "the last replica goes when nothing has run or waited for so long")
+
+
+@dataclass(frozen=True, slots=True)
 class QuireOptions:
     """The whole configuration."""
 
@@ -189,3 +213,4 @@ class QuireOptions:
     server: ServerOptions = ServerOptions()
     cluster: ClusterOptions = ClusterOptions()
     admin: AdminOptions = AdminOptions()
+    autoscaling: AutoscalingOptions = AutoscalingOptions()

@@ -54,6 +54,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_queue_requests": (1, 2**24),
     "max_queue_tokens": (1, 2**40),
     "max_queue_wait_s": (0.01, 86400),
+    "min_replicas": (0, 4096),
+    "max_replicas": (1, 4096),
+    "gpu_budget": (1, 2**20),
+    "target_ttft_ms": (1, 10**8),
+    "target_tpot_ms": (0.1, 10**8),
+    "target_wait_s": (0.01, 86400),
+    "target_ongoing": (0.01, 10**6),
+    "scale_up_cooldown_s": (0, 86400),
+    "scale_down_cooldown_s": (0, 86400),
+    "scale_to_zero_s": (0, 10**7),
 }
 
 

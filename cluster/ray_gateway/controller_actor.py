@@ -23,6 +23,7 @@ from ...worker.config import QuireOptions
 from ...worker.protocol import EventFrame, QuireError, ReplicaLost
 from ..admin import NotNow, UnknownReplica, UnknownRequest
 from ..admissions import ADMIT_POLL_S, Admissions
+from ..autoscaling_setup import replicas_at_first
 from ..controller import Controller, Replica, ReplicaState
 from ..global_scheduler import GlobalScheduler, QueueLimits
 from ..messages import AdmitRequest, Route
@@ -31,7 +32,9 @@ from ..tally import Tally
 from ..tenants import TenantLimits, TenantTable
 from .calls import CALL_TIMEOUT_S, LifeName, answer, first_line, ray_
 from .lives import Life, Lives, NoPlace
+from .memory import Memory
 from .movers import Movers
+from .scaler import Scaler
 from .watch import Watch, report_of
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ class ControllerActor:
         cluster = options.cluster
         self._options = options
         self._hash_key = hash_key
-        self._table = Controller(cluster.replicas, cluster.start_timeout_s)
+        self._table = Controller(replicas_at_first(options), cluster.start_timeout_s)
         self._table.renew("start", time.monotonic() + LEASE_S)
         self._router = Router(cluster.routing)
         limits = QueueLimits(cluster.max_queue_requests, cluster.max_queue_tokens, cluster.max_queue_wait_s)
@@ -73,11 +76,13 @@ class ControllerActor:
         self._tasks: dict[LifeName, asyncio.Task[None]] = {}  # of lives that go on
         self._ending: dict[LifeName, asyncio.Task[None]] = {}  # of lives that are being cleared away
         self._movers = Movers(cluster, self._table, self._router, self._scheduler, self._running)
+        self._memory = Memory(cluster.namespace, hash_key)
+        self._scaler = Scaler(options, self._table, self._router, self._scheduler, self._movers, self._memory)
         self._ingresses: dict[str, tuple[int, float]] = {}  # id -> pid, end of its lease
         self._timer: asyncio.TimerHandle | None = None
         self._found = asyncio.Event()  # what a controller before this one has started
         self._loop: asyncio.Task[None] | None = None
-        self._rounds: asyncio.Task[None] | None = None
+        self._rounds: list[asyncio.Task[None]] = []
 
     # --- for ingresses ---
 
@@ -92,6 +97,7 @@ class ControllerActor:
         key, now_s = (request.request_id, request.attempt), time.monotonic()
         try:
             if self._admissions.ask(request, now_s):
+                self._scaler.came(request, now_s)
                 self._scheduler.offer(request, now_s)
                 self._dispatch()
         except QuireError as error:
@@ -113,13 +119,17 @@ class ControllerActor:
         self._withdraw(request_id)
         self._dispatch()
 
-    async def serving(self) -> tuple[bytes, list[tuple[str, int, tuple[Any, ...]]]]:
-        """The key of page hashes, and (replica id, epoch, ModelInfo's fields) of every replica that serves."""
+    async def serving(self) -> tuple[bytes, list[tuple[str, int, tuple[Any, ...]]], tuple[Any, ...] | None]:
+        """The key of page hashes, (replica id, epoch, ModelInfo's fields) of every replica that serves, and ModelInfo's fields while there
+        are to be none."""
         await self._started()
-        return self._hash_key, [(r.replica_id, r.epoch, tuple(r.report.info)) for r in self._table.serving() if r.report and r.report.info]
+        rows = [(r.replica_id, r.epoch, tuple(r.report.info)) for r in self._table.serving() if r.report and r.report.info]
+        asleep = self._scaler.asleep()
+        return self._hash_key, rows, tuple(asleep) if asleep else None
 
-    async def register(self, ingress_id: str, pid: int) -> str:
-        """An ingress is there, for the next `INGRESS_LEASE_S`. Returns the level at which it is to log."""
+    async def register(self, ingress_id: str, pid: int, ttft_s: float | None = None, tpot_s: float | None = None) -> str:
+        """An ingress is there, for the next `INGRESS_LEASE_S`, and has seen such latencies. Returns the level at which it is to log."""
+        self._scaler.latencies(ingress_id, ttft_s, tpot_s)
         self._ingresses[ingress_id] = (pid, time.monotonic() + INGRESS_LEASE_S)
         return self._lives.log_level
 
@@ -176,6 +186,7 @@ class ControllerActor:
             "replicas": [_replica_row(r) for r in self._table.replicas()],
             "requests": [row for rows in live for row in rows] + queued,
             "figures": asdict(figures),
+            "scale": asdict(self._scaler.figures()),
         }
 
     async def page_maps(self) -> dict[str, bytes]:
@@ -220,6 +231,20 @@ class ControllerActor:
         await self._started()
         return [tuple(row) for row in await self._movers.rebalance()]
 
+    async def scale(self, replicas: int | None) -> tuple[str, Any]:
+        """("ok", the view), or an error, as `migrate` tells it. None: as the autoscaler says."""
+        await self._started()
+        try:
+            self._scaler.scale(replicas)
+        except NotNow as error:
+            return type(error).__name__, str(error)
+        return "ok", self._scaler.view()
+
+    async def autoscaling(self) -> dict[str, Any]:
+        """`Scaler.view`."""
+        await self._started()
+        return self._scaler.view()
+
     async def set_log_level(self, level: str) -> None:
         """How much every process logs; ingresses hear of it when they register next."""
         self._lives.log_level = level
@@ -239,6 +264,7 @@ class ControllerActor:
             await self._found.wait()
 
     async def _run(self) -> None:
+        await asyncio.to_thread(self._scaler.restore)
         for life in await asyncio.to_thread(self._lives.find):
             if self._table.adopt(*life.name, time.monotonic()):
                 log.info("found %s", life.name)
@@ -248,8 +274,9 @@ class ControllerActor:
                 await asyncio.to_thread(self._lives.end, life.name)
         await asyncio.to_thread(self._lives.sweep, list(self._running))
         self._found.set()
-        self._rounds = asyncio.create_task(self._movers.run())
-        self._rounds.add_done_callback(_start_over)
+        self._rounds = [asyncio.create_task(rounds) for rounds in (self._movers.run(), self._scaler.run())]
+        for rounds in self._rounds:
+            rounds.add_done_callback(_start_over)
         while self._table.wanted(time.monotonic()):
             now_s = time.monotonic()
             self._table.silent(now_s)
@@ -313,10 +340,11 @@ class ControllerActor:
 
     async def _stop(self) -> None:
         self._movers.stop()
-        tasks = [*self._tasks.values(), *([self._rounds] if self._rounds else [])]
+        tasks = [*self._tasks.values(), *self._rounds]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._ending.values(), return_exceptions=True)
+        await asyncio.to_thread(self._memory.forget)
 
     # --- the queue ---
 

@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 
 from ...worker.config import QuireOptions
 from ...worker.protocol import ReplicaLost
+from ..autoscaling_setup import most_replicas
 from ..controller import ReplicaState
 from ..tenants import TenantLimits
 from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, first_line, remote_class
@@ -112,7 +113,9 @@ class Cluster:
 def _served(options: QuireOptions) -> QuireOptions:
     """What two command lines must agree on to share a controller: not how they reach Ray, nor what is each ingress's own."""
     model = replace(options.engine.model, threads=None)
-    return QuireOptions(replace(options.engine, model=model), cluster=replace(options.cluster, ray_address=None))
+    return QuireOptions(
+        replace(options.engine, model=model), cluster=replace(options.cluster, ray_address=None), autoscaling=options.autoscaling
+    )
 
 
 def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
@@ -120,7 +123,7 @@ def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
     model = options.engine.model
     if options.cluster.ray_address is not None or model.threads is not None:
         return options
-    ranks = options.cluster.replicas * options.engine.parallel.tp
+    ranks = most_replicas(options) * options.engine.parallel.tp
     shared = replace(model, threads=max(1, cores // ranks))
     return replace(options, engine=replace(options.engine, model=shared)) if ranks > 1 else options
 
@@ -148,7 +151,7 @@ def start_ray(options: QuireOptions) -> None:
             ray.init(
                 address="local",
                 namespace=options.cluster.namespace,
-                num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1, options.cluster.replicas * options.engine.parallel.tp),
+                num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1, most_replicas(options) * options.engine.parallel.tp),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.ERROR,

@@ -64,7 +64,7 @@ class Movers:
             full = now_s >= self._round_s
             if full:
                 self._round_s = now_s + ROUND_S
-                self._relieve(self._places())
+                self._relieve(self.places())
             await self._round(full and self._rebalances)
             await asyncio.sleep(QUICK_ROUND_S)
 
@@ -82,7 +82,7 @@ class Movers:
 
     async def migrate(self, request_id: str, replica_id: str) -> MoveRow:
         """As `AdminPort.migrate`; so below."""
-        places = {p.route.replica_id: p for p in self._places()}
+        places = {p.route.replica_id: p for p in self.places()}
         if self._table.replica(replica_id) is None:
             raise UnknownReplica(replica_id)
         if replica_id not in places:
@@ -130,19 +130,19 @@ class Movers:
 
     # --- rounds ---
 
-    def _places(self) -> list[Place]:
+    def places(self) -> list[Place]:
         ready = {(r.replica_id, r.epoch) for r in self._table.serving() if r.state is ReplicaState.READY}
         shots = [shot for shot in self._router.snapshots() if (shot.replica_id, shot.epoch) in ready]
         return self.books.places(shots, self._table.draining(), time.monotonic())
 
     async def _round(self, leisure: bool) -> list[asyncio.Task[MoveRow]]:
         """Begins what is to be begun now; the moves."""
-        places, need = self._places(), self._need()
+        places, need = self.places(), self._need()
         routes = self.books.looked_at(places, need, leisure)
         if not routes:
             return []
         found = dict(zip(routes, await asyncio.gather(*(self._requests(route) for route in routes)), strict=True))
-        moves = self.books.plan(self._places(), found, need, leisure, time.monotonic())
+        moves = self.books.plan(self.places(), found, need, leisure, time.monotonic())
         return [self._begin(move) for move in moves]
 
     def _need(self) -> Need | None:

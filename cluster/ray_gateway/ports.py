@@ -23,12 +23,13 @@ from ..admin import (
     RankStatus,
     ReplicaRow,
     RequestRow,
+    ScaleFigures,
     UnknownReplica,
     UnknownRequest,
 )
 from ..admissions import ADMIT_POLL_S
 from ..messages import AdmitRequest, Route
-from ..remote_client import IngressOptions, RemoteEngineClient, Serving
+from ..remote_client import IngressOptions, RemoteEngineClient, Serving, ServingNow
 from ..succession import Owner
 from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, LifeName, answer
 
@@ -64,9 +65,13 @@ class Registration:
         self._handle = _controller(namespace)
         self._who = (ingress_id, pid)
 
-    async def renew(self) -> str:
-        """The ingress is alive. Returns how much it is to log; ReplicaLost when the controller does not answer."""
-        level: str = await answer(self._handle.register.remote(*self._who))
+    async def renew(self, ttft_s: float | None = None, tpot_s: float | None = None) -> str:
+        """The ingress is alive, and has seen such latencies lately. Returns how much it is to log.
+
+        Raises:
+            ReplicaLost: the controller does not answer.
+        """
+        level: str = await answer(self._handle.register.remote(*self._who, ttft_s, tpot_s))
         return level
 
 
@@ -86,6 +91,7 @@ class AdminPort:
             tuple(_replica_row(*row) for row in raw["replicas"]),
             tuple(RequestRow(*row) for row in raw["requests"]),
             Figures(**raw["figures"]),
+            ScaleFigures(**raw["scale"]),
         )
 
     async def page_maps(self) -> dict[str, bytes]:
@@ -115,6 +121,16 @@ class AdminPort:
         """One round of all policies."""
         return [MoveRow(*row) for row in await answer(self._handle.rebalance.remote(), MOVES_TIMEOUT_S)]
 
+    async def scale(self, replicas: int | None) -> dict[str, Any]:
+        """So many replicas from now on."""
+        view: dict[str, Any] = _told(await answer(self._handle.scale.remote(replicas)))
+        return view
+
+    async def autoscaling(self) -> dict[str, Any]:
+        """How the number of replicas stands, and the last decisions."""
+        view: dict[str, Any] = await answer(self._handle.autoscaling.remote())
+        return view
+
     async def set_log_level(self, level: str) -> None:
         """In every process of the cluster."""
         await answer(self._handle.set_log_level.remote(level))
@@ -126,9 +142,10 @@ class _ControllerPort:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def serving(self) -> tuple[bytes, list[Serving]]:
-        key, rows = await answer(self._handle.serving.remote())
-        return key, [Serving(replica_id, epoch, ModelInfo(*info)) for replica_id, epoch, info in rows]
+    async def serving(self) -> ServingNow:
+        key, rows, asleep = await answer(self._handle.serving.remote())
+        serving = [Serving(replica_id, epoch, ModelInfo(*info)) for replica_id, epoch, info in rows]
+        return ServingNow(key, serving, ModelInfo(*asleep) if asleep else None)
 
     async def admit(self, request: AdmitRequest) -> Route | None:
         reply = await answer(self._handle.admit.remote(tuple(request)), ADMIT_POLL_S + CALL_TIMEOUT_S)

@@ -42,6 +42,13 @@ class RebalanceBody(Strict):
     """POST /admin/rebalance: nothing to say."""
 
 
+class ScaleBody(Strict):
+    """POST /admin/scale: so many replicas from now on, or as the autoscaler says."""
+
+    replicas: int | None = None
+    auto: bool = False
+
+
 class LogLevelBody(Strict):
     """POST /admin/log-level."""
 
@@ -122,6 +129,22 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         if await request.body():
             await read_body(request, RebalanceBody)
         return JSONResponse({"moves": [row._asdict() for row in await port.rebalance()]})
+
+    @app.get("/admin/autoscaling")
+    async def autoscaling() -> JSONResponse:
+        """How many replicas there are to be, and the last decisions with what they were made from."""
+        return JSONResponse(await port.autoscaling())
+
+    @app.post("/admin/scale")
+    async def scale(request: Request) -> JSONResponse:
+        """Another number of replicas. Returns when it is decided: they come and go after that."""
+        body = await read_body(request, ScaleBody)
+        if (body.replicas is None) != body.auto:
+            raise BadRequest("replicas", "either a number, or auto: true")
+        try:
+            return JSONResponse(await port.scale(body.replicas))
+        except NotNow as error:
+            raise ApiError(409, str(error), param="replicas", code="not_now") from None
 
     @app.post("/admin/log-level")
     async def log_level(request: Request) -> JSONResponse:

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ...cluster.admin import ClusterStatus
+from ...cluster.autoscaling_guard import Why
 from ...cluster.controller import SHOWN_STATES
 
 
@@ -50,6 +51,16 @@ class _StatusCollector(Collector):
         yield CounterMetricFamily("quire_expired", "Requests whose deadline passed in the queue.", value=figures.expired)
         yield CounterMetricFamily("quire_replica_deaths", "Replicas that died.", value=figures.deaths)
         yield CounterMetricFamily("quire_replica_restarts", "Replicas that were started again.", value=figures.restarts)
+        scale = status.scale
+        yield GaugeMetricFamily("quire_autoscaler_target_replicas", "Replicas that there are to be.", value=scale.target)
+        yield GaugeMetricFamily("quire_autoscaler_ready_replicas", "Of these, replicas that are ready.", value=scale.ready)
+        yield GaugeMetricFamily("quire_autoscaler_leaving_replicas", "Replicas that are emptied to go.", value=scale.leaving)
+        yield GaugeMetricFamily("quire_autoscaler_wanted_replicas", "Replicas that the policy asked for last.", value=scale.wanted)
+        yield GaugeMetricFamily("quire_autoscaler_gpus", "Ranks of all replicas that there are to be.", value=scale.gpus)
+        decisions = CounterMetricFamily("quire_autoscaler_decisions", "Decisions on their number, by why.", labels=["why"])
+        for why in Why:
+            decisions.add_metric([why.value], scale.decisions.get(why.value, 0))
+        yield decisions
         migrations = CounterMetricFamily("quire_migrations", "Migrations that the controller began.", labels=["reason", "outcome"])
         for (reason, outcome), count in sorted(figures.migrations.items()):
             migrations.add_metric([reason, outcome], count)

@@ -1,4 +1,4 @@
-"""`quire status`, `restart`, `migrate`, `drain`, `rebalance` and `log-level`: what operators ask of a running server's admin API."""
+"""`quire status`, `restart`, `migrate`, `drain`, `rebalance`, `scale` and `log-level`: what operators ask of the admin API."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def add_parsers(commands: Any, token: str | None) -> None:
     drain.add_argument("--no-wait", action="store_true", help="do not wait until it is empty")
     drain.add_argument("--wait-s", type=positive_float, default=math.inf, metavar="SECONDS", help="wait no longer than this")
     rebalance = _parser(commands, "rebalance", "move running requests to where there is room, once, now", token, run_rebalance)
-    for command in (migrate, drain, rebalance):
+    scale = _parser(commands, "scale", "change the number of replicas of a running server", token, run_scale)
+    scale.add_argument("replicas", metavar="N|auto", help="so many from now on, whatever the autoscaler says; auto: as it says again")
+    for command in (migrate, drain, rebalance, scale):
         command.add_argument("--json", action="store_true", help="as JSON")
     level = _parser(commands, "log-level", "change how much a running server logs", token, run_log_level)
     level.add_argument("level", choices=LEVELS)
@@ -137,6 +139,19 @@ def run_rebalance(args: argparse.Namespace) -> int:
 def _moved_line(move: dict[str, Any]) -> str:
     cost = f"{move['pages']} pages, {move['bytes']} bytes, {move['downtime_ms']:.1f} ms" if move["outcome"] == "moved" else move["reason"]
     return f"{move['request']}  {move['source']} -> {move['destination']}  {move['cause']}: {move['outcome']} ({cost})"
+
+
+def run_scale(args: argparse.Namespace) -> int:
+    """0 when it is decided: replicas come and go after that."""
+    if args.replicas != "auto" and not args.replicas.isdigit():
+        raise CommandError(f"replicas: must be a number or auto (got {args.replicas!r})")
+    view = ask(args, "/admin/scale", {"auto": True} if args.replicas == "auto" else {"replicas": int(args.replicas)})
+    if args.json:
+        print(json.dumps(view, indent=2))
+    else:
+        by = "by hand" if view["by_hand"] else f"by the autoscaler ({view['autoscaler']})"
+        print(f"{view['target']} replicas are to be, {by}; {view['ready']} are ready")
+    return 0
 
 
 def run_log_level(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...worker.config import QuireOptions
+from ...worker.config import AutoscalingOptions, QuireOptions
 from .. import options
 from .arguments import CommandError
 
@@ -55,6 +55,10 @@ def _check(chosen: QuireOptions) -> None:
     cluster = chosen.cluster
     if cluster.prefill_replicas >= cluster.replicas and cluster.prefill_replicas:
         raise ValueError(f"--prefill-replicas {cluster.prefill_replicas}: there must be more --replicas (now {cluster.replicas})")
+    if chosen.autoscaling != AutoscalingOptions():
+        from ...cluster.autoscaling_setup import autoscaler_of
+
+        autoscaler_of(chosen)
     if chosen.server.api_key_file is not None:
         from ..tenants_file import load_tenants
 

@@ -13,7 +13,7 @@ from quire.cluster.admissions import ADMIT_POLL_S, Admissions
 from quire.cluster.controller import Controller, Report
 from quire.cluster.global_scheduler import GlobalScheduler, QueueLimits
 from quire.cluster.messages import AdmitRequest, Route
-from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving
+from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving, ServingNow
 from quire.cluster.routing import Router
 from quire.cluster.succession import Owner
 from quire.cluster.tenants import TenantTable
@@ -343,9 +343,9 @@ class Ingress(Process):
 
     # the controller's port
 
-    async def serving(self) -> tuple[bytes, list[Serving]]:
+    async def serving(self) -> ServingNow:
         controller = self._controller()
-        return KEY, await self.world.net.call(self, controller, controller.serving)
+        return ServingNow(KEY, await self.world.net.call(self, controller, controller.serving))
 
     async def admit(self, request: AdmitRequest) -> Route | None:
         controller = self._controller()

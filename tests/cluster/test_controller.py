@@ -223,3 +223,51 @@ def test_the_cluster_is_wanted_while_somebody_holds_a_lease() -> None:
 @pytest.mark.parametrize("replicas", [0, 3])
 def test_the_replicas_are_numbered(replicas: int) -> None:
     assert [r.replica_id for r in table(replicas).replicas()] == [f"replica-{i}" for i in range(replicas)]
+
+
+def test_replicas_come_under_the_lowest_free_number_and_go() -> None:
+    controller = table(3)
+    for name in (A, B, "replica-2"):
+        ready(controller, name)
+    controller.leave(B)
+    assert [r.replica_id for r in controller.staying()] == [A, "replica-2"]
+    assert [r.replica_id for r in controller.leaving()] == [B]
+    assert controller.add(5.0) == "replica-3"  # B is still there
+    first = controller.replica(B)
+    assert first is not None
+    controller.remove(B)
+    assert not controller.lives(B, first.epoch)
+    assert controller.add(6.0) == B
+    assert [r.replica_id for r in controller.replicas()] == [A, B, "replica-2", "replica-3"]
+    assert controller.due(6.0) == [B, "replica-3"]
+    assert not controller.adopt("replica-7", 1, 6.0)
+
+
+def test_one_that_leaves_is_not_started_again_unless_it_stays() -> None:
+    controller = table(2)
+    epoch = ready(controller)
+    controller.leave(A)
+    controller.died(A, epoch, "killed", 1.0)
+    assert controller.due(1e9) == [B]
+    controller.leave(A, False)
+    assert controller.due(1e9) == [A, B]
+
+
+def test_a_controller_that_begins_anew_has_the_replicas_of_the_one_before() -> None:
+    controller = table(1)
+    controller.restore((A, "replica-4"), (B,))
+    assert [r.replica_id for r in controller.staying()] == [A, "replica-4"]
+    assert [r.replica_id for r in controller.leaving()] == [B]
+    assert controller.adopt(B, 7, 0.0)
+
+
+def test_how_long_one_has_been_missing() -> None:
+    controller = table(2)
+    assert controller.unready_s(10.0) == 0.0
+    epoch = ready(controller, now_s=12.0)
+    assert controller.unready_s(15.0) == 5.0  # B
+    controller.leave(B)
+    assert controller.unready_s(20.0) == 0.0
+    controller.died(A, epoch, "killed", 21.0)
+    assert controller.unready_s(22.0) == 0.0
+    assert controller.unready_s(25.0) == 3.0

@@ -141,12 +141,12 @@ def test_a_drain_closes_the_replica_tells_it_and_moves_what_it_has() -> None:
 def test_who_is_short_of_pages_is_told_where_victims_may_go_and_when_no_longer() -> None:
     async def scenario() -> None:
         cluster = Cluster(active=95, rebalance=False)
-        cluster.movers._relieve(cluster.movers._places())
+        cluster.movers._relieve(cluster.movers.places())
         assert cluster.leaders[0].asked("relieve") == [("replica-1@1", "replica-1", 1, 90)]
         load = ReplicaLoad(0, 0, 100, 100, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 2)
         cluster.scheduler.events(EventFrame("replica-0", 1, 1, 2, False, (), (), (), (), {}, load), 0.0)
         for _ in range(2):
-            cluster.movers._relieve(cluster.movers._places())
+            cluster.movers._relieve(cluster.movers.places())
         assert cluster.leaders[0].asked("relieve")[1:] == [("", "", 0, 0)]
         assert cluster.leaders[1].asked("relieve") == []
 

@@ -14,12 +14,21 @@ from paged_memory import expected_output, hash_engine
 from quire.cluster import journal, remote_client
 from quire.cluster.journal import Patience
 from quire.cluster.messages import AdmitRequest, Route
-from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving
+from quire.cluster.remote_client import IngressOptions, RemoteEngineClient, Serving, ServingNow
 from quire.cluster.succession import Owner
 from quire.worker.actor import ReplicaActor, raise_reply
 from quire.worker.config import EngineOptions
 from quire.worker.page_hash import prefix_hashes
-from quire.worker.protocol import BadRequest, DeadlineExceeded, GenerateRequest, Overloaded, ReplicaLost, RequestFailed, SamplingParams
+from quire.worker.protocol import (
+    BadRequest,
+    DeadlineExceeded,
+    GenerateRequest,
+    ModelInfo,
+    Overloaded,
+    ReplicaLost,
+    RequestFailed,
+    SamplingParams,
+)
 
 WAIT_S = 30.0
 KEY = b"k" * 32
@@ -41,6 +50,7 @@ class Town:
         self.withdrawn: list[str] = []
         self.answers_to: list[Route | Exception | None] = []  # said instead of the controller's, while there are any
         self.renewed: list[str] = []
+        self.asleep: ModelInfo | None = None  # what would be served, while no replica is to be
         self.taken = asyncio.Event()  # a replica has taken a request
         self.answers = asyncio.Event()  # and may say so
         self.answers.set()
@@ -73,10 +83,10 @@ class Town:
 
     # the controller's port
 
-    async def serving(self) -> tuple[bytes, list[Serving]]:
+    async def serving(self) -> ServingNow:
         if self.away:
             raise ReplicaLost("the controller is away")
-        return KEY, [Serving(*owner, self.engines[owner].info) for owner in self.ready.values()]
+        return ServingNow(KEY, [Serving(*owner, self.engines[owner].info) for owner in self.ready.values()], self.asleep)
 
     async def admit(self, request: AdmitRequest) -> Route | None:
         self.asked.append(request)
@@ -306,6 +316,23 @@ def test_a_stream_waits_for_a_replica_to_come_back() -> None:
             new = await town.add("a", epoch=2)
             assert await text(stream) == LONG
             assert stream.journal.owner == new
+
+    run(scenario)
+
+
+def test_while_no_replica_is_to_be_requests_wait_and_nothing_is_amiss() -> None:
+    async def scenario() -> None:
+        town = Town()
+        owner = await town.add("a")
+        del town.ready["a"]
+        town.asleep = town.engines[owner].info
+        async with following(town) as client:
+            await until(lambda: client.silent_s() == 0)
+            assert await client.info() == town.asleep
+            stream = await client.submit(request("a"))
+            await until(lambda: len(town.asked) > 1)
+            town.ready["a"], town.asleep = owner, None
+            assert await text(stream) == WANT
 
     run(scenario)
 

@@ -18,6 +18,7 @@ from quire.cluster.admin import (
     RankStatus,
     ReplicaRow,
     RequestRow,
+    ScaleFigures,
     UnknownReplica,
     UnknownRequest,
 )
@@ -61,6 +62,7 @@ STATUS = ClusterStatus(
         migrated_bytes=4096,
         downtime_s=0.25,
     ),
+    scale=ScaleFigures(3, 1, 1, 3.5, 6, {"policy": 4, "down_cooldown": 7}),
 )
 MOVED = MoveRow("cmpl-1", "replica-0", "replica-1", "operator", "moved", 3, 300, 12.5)
 
@@ -113,6 +115,15 @@ class FakePort:
     async def rebalance(self) -> list[MoveRow]:
         self.calls.append(("rebalance", ""))
         return [MOVED._replace(cause="rebalance")]
+
+    async def scale(self, replicas: int | None) -> dict[str, Any]:
+        if replicas is not None and replicas > 8:
+            raise NotNow(f"{replicas} replicas: must be from 1 to 8")
+        self.calls.append(("scale", str(replicas)))
+        return {**await self.autoscaling(), "by_hand": replicas is not None, "target": 3 if replicas is None else replicas}
+
+    async def autoscaling(self) -> dict[str, Any]:
+        return {"autoscaler": "slo", "by_hand": False, "target": 3, "ready": 1, "decisions": [{"target": 3, "why": "policy"}]}
 
     async def set_log_level(self, level: str) -> None:
         self.calls.append(("log-level", level))

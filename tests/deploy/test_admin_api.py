@@ -13,6 +13,7 @@ import pytest
 from admin_peer import STATUS, FakePort, running_admin
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.cluster.autoscaling_guard import Why
 from quire.deploy.admin.figures import exposition
 from quire.deploy.admin.guard import check_admin
 from quire.deploy.admin.server import RunningAdmin, start_admin
@@ -108,6 +109,10 @@ def test_restart_and_log_level(admin: Admin) -> None:
         ("/admin/replicas/replica-1/drain", {}, 409, None),
         ("/admin/replicas/replica-0/drain", {"wait": 3}, 400, "wait"),
         ("/admin/rebalance", {"now": True}, 400, "now"),
+        ("/admin/scale", {"replicas": 9}, 409, "replicas"),
+        ("/admin/scale", {"replicas": "many"}, 400, "replicas"),
+        ("/admin/scale", {}, 400, "replicas"),
+        ("/admin/scale", {"replicas": 2, "auto": True}, 400, "replicas"),
         ("/admin/log-level", {"level": "loud"}, 400, "level"),
         ("/admin/log-level", {}, 400, "level"),
         ("/admin/log-level", {"level": 5}, 400, "level"),
@@ -128,13 +133,33 @@ def test_a_controller_that_does_not_answer_is_a_503(admin: Admin) -> None:
     assert "controller does not answer" in answer.json()["error"]["message"]
 
 
+def test_the_number_of_replicas_is_told_and_changed(admin: Admin) -> None:
+    told = httpx.get(admin[1].url + "/admin/autoscaling").json()
+    assert (told["target"], told["decisions"]) == (3, [{"target": 3, "why": "policy"}])
+    assert httpx.post(admin[1].url + "/admin/scale", json={"replicas": 5}).json()["target"] == 5
+    assert httpx.post(admin[1].url + "/admin/scale", json={"auto": True}).json()["by_hand"] is False
+    assert admin[0].calls == [("scale", "5"), ("scale", "None")]
+
+
 def test_decisions_are_told_by_replica(admin: Admin) -> None:
     (told,) = httpx.get(admin[1].url + "/admin/decisions").json()["replica-0"]
     assert (told["action"], told["reason"]) == ("swap", "cheapest")
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/admin/status", "/admin/top", "/admin/decisions", "/metrics", "/nothing", "/live", "/docs", "/openapi.json"]
+    "path",
+    [
+        "/",
+        "/admin/status",
+        "/admin/top",
+        "/admin/decisions",
+        "/admin/autoscaling",
+        "/metrics",
+        "/nothing",
+        "/live",
+        "/docs",
+        "/openapi.json",
+    ],
 )
 @pytest.mark.parametrize("token", [None, "sesam", "sesamee"])
 def test_with_a_token_nothing_answers_without_it(closed: Admin, path: str, token: str | None) -> None:
@@ -220,6 +245,12 @@ def test_its_metrics_are_those_of_the_docs(admin: Admin, root: Path) -> None:
         ("quire_expired_total",): 6,
         ("quire_replica_deaths_total",): 2,
         ("quire_replica_restarts_total",): 1,
+        ("quire_autoscaler_target_replicas",): 3,
+        ("quire_autoscaler_ready_replicas",): 1,
+        ("quire_autoscaler_leaving_replicas",): 1,
+        ("quire_autoscaler_wanted_replicas",): 3.5,
+        ("quire_autoscaler_gpus",): 6,
+        **{("quire_autoscaler_decisions_total", why.value): {"policy": 4, "down_cooldown": 7}.get(why, 0) for why in Why},
         ("quire_migrations_total", "drain", "moved"): 5,
         ("quire_migrations_total", "rebalance", "refused"): 2,
         ("quire_migrated_pages_total",): 40,

@@ -1,4 +1,4 @@
-"""`quire status`, `top`, `restart`, `migrate`, `drain`, `rebalance` and `log-level` against a live admin API."""
+"""`quire status`, `top`, `restart`, `migrate`, `drain`, `rebalance`, `scale` and `log-level` against a live admin API."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def run(admin: Admin, *argv: str) -> int:
 def test_status_as_json_is_what_the_api_says(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(admin, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out) == STATUS.as_json()
+
+
+def test_scale(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(admin, "scale", "4") == 0
+    assert run(admin, "scale", "auto") == 0
+    assert admin[0].calls == [("scale", "4"), ("scale", "None")]
+    out = "4 replicas are to be, by hand; 1 are ready\n3 replicas are to be, by the autoscaler (slo); 1 are ready\n"
+    assert capsys.readouterr().out == out
+    assert run(admin, "scale", "9") == 2
+    assert "must be from 1 to 8" in capsys.readouterr().err
+    assert run(admin, "scale", "more") == 2
+    assert "must be a number or auto" in capsys.readouterr().err
 
 
 def test_status_for_people(admin: Admin, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.cluster.client import RecoveryStats
-from quire.deploy.metrics import Metrics
+from quire.deploy.metrics import WINDOW_S, Metrics
 from quire.worker.protocol import EngineStats
 
 STATS = EngineStats(
@@ -98,6 +99,20 @@ def test_latencies_of_a_request_with_two_choices() -> None:
     assert counts == {"admission": 1, "ttft": 1, "tpot": 1, "e2e": 1}
     assert values["quire_admission_seconds_sum", frozenset()] == 0.5
     assert values["quire_ttft_seconds_sum", frozenset()] <= values["quire_e2e_seconds_sum", frozenset()]
+
+
+def test_what_latencies_were_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("quire.deploy.metrics.time.monotonic", lambda: now_s)
+    lately = Metrics(dict).ttft
+    assert lately.high_s() is None
+    for seconds in range(1, 201):
+        lately.observe(float(seconds))
+    assert lately.high_s() == 198.0
+    now_s += WINDOW_S / 2
+    lately.observe(7.0)
+    now_s += WINDOW_S / 2 + 1
+    assert lately.high_s() == 7.0
 
 
 def test_what_deaths_have_cost() -> None:

@@ -1,0 +1,133 @@
+"""Real processes: replicas that come take over running streams, replicas that go are emptied first; the last one goes, and comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test_moving_live import Reader
+from tiny_server import Serve, save_tiny_model
+
+from quire.deploy import cli
+
+WAIT_S = 240.0
+LIVE = 6  # streams at once
+
+
+class Load:
+    """Keeps `LIVE` streams going until it is told to stop; each has a number, and equal numbers have equal texts."""
+
+    def __init__(self, url: str) -> None:
+        self.all: list[tuple[int, Reader]] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        live: dict[int, Reader] = {}
+        while not self._stop.is_set():
+            for number in range(LIVE):
+                if number not in live or not live[number].thread.is_alive():
+                    live[number] = Reader(self._url, number)
+                    self.all.append((number, live[number]))
+            live[0].thread.join(0.05)
+
+    def end(self) -> list[tuple[int, tuple[str, int, str]]]:
+        """(number, text, tokens, error) of all of them, when the last has ended."""
+        self._stop.set()
+        self._thread.join(WAIT_S)
+        return [(number, reader.end()) for number, reader in self.all]
+
+
+def until(what: str, server: Serve, true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline_s, f"it never came to this: {what}\n{server.stderr()}"
+        time.sleep(0.1)
+
+
+def admin_of(server: Serve) -> str:
+    return re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
+
+
+def moved(admin: str, *reasons: str) -> float:
+    text = httpx.get(admin + "/metrics", timeout=60).text
+    found = re.findall(r'quire_migrations_total\{outcome="moved",reason="(\w+)"\} ([0-9.]+)', text)
+    return sum(float(count) for reason, count in found if reason in reasons)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path / "model")
+    scaling = ["--autoscaler", "ongoing", "--target-ongoing", str(LIVE // 2), "--max-replicas", "2", "--scale-up-cooldown-s", "0"]
+    with Serve(tmp_path / "log", "--model", str(tmp_path / "model"), "--kv-pages", "512", *scaling) as server:
+        server.wait_ready()
+        admin = admin_of(server)
+
+        def states() -> dict[str, str]:
+            return {row["id"]: row["state"] for row in server.status()["replicas"]}
+
+        def scaling_view() -> dict[str, Any]:
+            answer = httpx.get(admin + "/admin/autoscaling", timeout=60)
+            return answer.json() if answer.status_code == 200 else {}
+
+        def quire(*words: str) -> tuple[int, dict[str, Any]]:
+            status = cli.main([words[0], "--admin-url", admin, *words[1:], "--json"])
+            return status, json.loads(capsys.readouterr().out)
+
+        calm = [Reader(server.url, number).end() for number in range(LIVE)]  # one after the other
+        assert {error for _, _, error in calm} == {""}
+        assert set(states()) == {"replica-0"}
+
+        load = Load(server.url)
+        until("a second replica is ready", server, lambda: states() == {"replica-0": "ready", "replica-1": "ready"})
+        until("it has taken over running streams", server, lambda: moved(admin, "fill", "rebalance") >= 1)
+        up = next(d for d in scaling_view()["decisions"] if d["target"] == 2)
+        assert (up["before"], up["why"]) == (1, "policy")
+        assert up["inputs"]["running_requests"] + up["inputs"]["queued_requests"] > LIVE // 2
+        assert '"target": 2, "why": "policy"' in server.stderr()
+
+        status, view = quire("scale", "1")
+        assert (status, view["target"], view["by_hand"]) == (0, 1, True)
+        until("one of them is gone", server, lambda: len(states()) == 1)
+        assert moved(admin, "drain") >= 1
+
+        assert quire("scale", "2")[1]["target"] == 2
+        until("another has come", server, lambda: sorted(states().values()) == ["ready", "ready"])
+        os.kill(server.status()["controller"]["pid"], signal.SIGKILL)
+        until("the controller is back, and knows", server, lambda: scaling_view().get("target") == 2 and scaling_view()["by_hand"])
+        until("both serve", server, lambda: sorted(states().values()) == ["ready", "ready"])
+
+        ended = load.end()
+        assert len(ended) >= LIVE
+        assert [(number, found) for number, found in ended if found != calm[number]] == []
+        assert httpx.post(admin + "/admin/scale", json={"replicas": 3}, timeout=60).status_code == 409
+        assert quire("scale", "auto")[1]["by_hand"] is False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_last_replica_goes_and_the_next_request_brings_one(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    scaling = ["--autoscaler", "queue", "--min-replicas", "0", "--max-replicas", "1", "--scale-to-zero-s", "1"]
+    with Serve(tmp_path / "log", "--model", str(tmp_path / "model"), "--kv-pages", "256", *scaling) as server:
+        server.wait_ready()
+        until("nothing is left", server, lambda: server.status()["replicas"] == [])
+        assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+        first, second = Reader(server.url, 1), Reader(server.url, 1)  # both wait for it
+        assert first.end() == second.end()
+        assert first.error == ""
+        assert first.tokens > 0
