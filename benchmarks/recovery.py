@@ -145,6 +145,16 @@ class Server:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return None
 
+    def read(self, path: str) -> str:
+        """What the admin API answers to a GET.
+
+        Raises:
+            urllib.error.URLError: it refuses, or does not answer.
+        """
+        with urllib.request.urlopen(self._admin + path, timeout=90) as answer:
+            text: str = answer.read().decode()
+            return text
+
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """What the admin API answers to a POST.
 
