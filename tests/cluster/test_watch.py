@@ -20,7 +20,7 @@ from quire.worker.protocol import EventFrame, ModelInfo, ReplicaLoad, ReplicaLos
 INFO = ModelInfo("m", "/m", 128, 64, (2,), 0)
 LOAD = ReplicaLoad(1, 0, 8, 4, 0, 4, 0, 0, 0, 0, 0.0, 0.0, 1)
 NAME = LifeName("replica-0", 1000)
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 Reply = Callable[..., Awaitable[Any]]
 
