@@ -124,6 +124,19 @@ def test_a_life_becomes_ready_and_its_frames_are_asked_for_one_after_the_other(m
     scene.play(scenario)
 
 
+def test_a_life_of_which_an_operators_question_has_told_that_it_is_ready_is_followed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch)
+    report = watch.report_of(asyncio.run(scene.leader._report()))
+    assert scene.table.reported(report, 0.0)
+
+    async def scenario(_: asyncio.Task[None]) -> None:
+        await until(lambda: len(scene.frames) >= 3)
+        assert scene.routed == ["replica-0"]
+
+    scene.play(scenario)
+
+
+
 def test_a_dead_leader_ends_it_and_so_does_a_dead_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, why in ((0, "the process has died"), (1, "the process of rank 1 has died")):
         scene = Scene(monkeypatch, ranks=2)
