@@ -37,7 +37,7 @@ COPY worker worker/
 COPY cluster cluster/
 COPY deploy deploy/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/quire/bin/pip install '.[otel]' "ray[default,serve]==$RAY_VERSION" "$TORCH"
+    /opt/quire/bin/pip install '.[otel,serve]' "ray==$RAY_VERSION" "$TORCH"
 
 FROM system AS final
 RUN groupadd --gid 65532 quire && useradd --uid 65532 --gid 65532 --create-home --shell /usr/sbin/nologin quire

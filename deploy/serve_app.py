@@ -1,4 +1,6 @@
-"""The ingress: an actor that serves the HTTP API under uvicorn, on the node of the command that started it."""
+"""The ingress: an actor that serves the HTTP API under uvicorn, on the node of the command that started it; or, in an application on
+Ray Serve (`build`), a replica of a deployment that Serve places and scales.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..cluster.ray_gateway import Registration, connect, remote_class, start_actor_logging
+from ..cluster.ray_gateway import Cluster, Registration, connect, remote_class, start_actor_logging
 from ..cluster.remote_client import IngressOptions
 from ..worker.config import QuireOptions, ServerOptions
 from ..worker.protocol import ReplicaLost
 from ..worker.text.source import resolve_model
+from .tenants_file import load_tenants
 
 if TYPE_CHECKING:
     import uvicorn
@@ -31,6 +34,9 @@ START_TIMEOUT_S = 60.0  # from a replica's readiness to the server's
 STOP_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
 REGISTER_S = 2.0
+RENEW_S = 5.0  # of the lease on a controller, which is 30 s
+CONTROLLER_ABSENT_S = 60.0  # Ray restarts a dead controller in a second or two
+MAX_ONGOING = 100_000  # our own admission decides
 
 
 class IngressDied(Exception):
@@ -93,21 +99,15 @@ class IngressActor:
         Returns:
             {"phases" (name -> seconds)}, or {"failure": why it cannot serve}.
         """
-        self._registering = asyncio.create_task(self._register())
         phases: dict[str, float] = {}
         import uvicorn  # here and below: the driver, which imports this file, needs neither the server nor the tokenizer
 
-        from .api.app import create_app
         from .api.http_server import server_config
 
         try:
             bound = _bound(self._options.server, shared=True)
-            tokenizer = await asyncio.to_thread(self._load_tokenizer, phases)
-            client = connect(self._options, self._ingress_id)
-            client.start()
-            info = await client.ready(self._options.cluster.start_timeout_s + START_TIMEOUT_S)
+            await self.open(phases)
             begun_s = time.monotonic()
-            self._app = create_app(client, tokenizer, info, self._options.server, self._options.engine.limits)
             config = server_config(self._app, self._options.server)
             config.timeout_graceful_shutdown = int(STOP_TIMEOUT_S)
             self._server = uvicorn.Server(config)
@@ -122,6 +122,22 @@ class IngressActor:
         except (OSError, ValueError, TimeoutError) as error:
             return {"failure": str(error) or repr(error)}
         return {"phases": phases}
+
+    async def open(self, phases: dict[str, float]) -> Any:
+        """The application, as soon as a replica serves; `phases` hears what that took.
+
+        Raises:
+            ValueError, OSError, TimeoutError: why there is none.
+        """
+        from .api.app import create_app
+
+        self._registering = asyncio.create_task(self._register())
+        tokenizer = await asyncio.to_thread(self._load_tokenizer, phases)
+        client = connect(self._options, self._ingress_id)
+        client.start()
+        info = await client.ready(self._options.cluster.start_timeout_s + START_TIMEOUT_S)
+        self._app = create_app(client, tokenizer, info, self._options.server, self._options.engine.limits)
+        return self._app
 
     async def ended(self) -> None:
         """Returns when the server has stopped."""
@@ -222,6 +238,71 @@ class Ingress:
             _settled(self._actor.stop.remote(), CALL_TIMEOUT_S)
         finally:
             ray.kill(self._actor)
+
+
+class ServeIngress:
+    """The HTTP API of all models, in a replica of the deployment. The controllers live for as long as one of these renews their leases."""
+
+    async def __init__(self, models: dict[str, QuireOptions]) -> None:  # type: ignore[misc] # Serve awaits it
+        """Starts, or finds, the controller of each model, and waits until all serve.
+
+        Raises:
+            ValueError, OSError, TimeoutError, ReplicaLost: one does not; Serve tries again.
+        """
+        self._max_body = max(options.server.max_body for options in models.values())
+        self._clusters = {name: await asyncio.to_thread(_controller_of, options) for name, options in models.items()}
+        self._hopeless = ""
+        self._answered_s = time.monotonic()
+        self._renewing = asyncio.create_task(self._renew())
+        self._ingresses = {name: IngressActor(f"{name}-{os.uname().nodename}-{os.getpid()}", options) for name, options in models.items()}
+        apps = await asyncio.gather(*(ingress.open({}) for ingress in self._ingresses.values()))
+        self._apps = dict(zip(models, apps, strict=True))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from .api.by_model import ByModel
+
+        return ByModel(self._apps, self._max_body)
+
+    def check_health(self) -> None:
+        """What Serve asks: raises when a model cannot be served any more."""
+        if self._hopeless:
+            raise IngressDied(self._hopeless)
+        if time.monotonic() - self._answered_s > CONTROLLER_ABSENT_S:
+            raise IngressDied("a controller does not answer")
+
+    async def _renew(self) -> None:
+        while True:
+            try:
+                views = [await asyncio.to_thread(cluster.view) for cluster in self._clusters.values()]
+                self._hopeless = next((view.hopeless for view in views if view.hopeless), "")
+                self._answered_s = time.monotonic()
+            except ReplicaLost as error:
+                log.warning("%s", error)
+            await asyncio.sleep(RENEW_S)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The application for `serve run`, `serve deploy` and KubeRay's serveConfigV2; `args` are those of `application.Arguments`.
+
+    Starts nothing.
+
+    Raises:
+        ValueError: something in `args` is wrong; says what.
+    """
+    from ray import serve  # nobody else here needs Ray Serve, or pydantic
+
+    from .application import Arguments, models_of
+
+    models = models_of(Arguments.model_validate(args))
+    ingress = serve.deployment(name="Ingress", max_ongoing_requests=MAX_ONGOING, health_check_period_s=5.0, health_check_timeout_s=30.0)
+    return ingress(serve.ingress()(ServeIngress)).bind(models)
+
+
+def _controller_of(options: QuireOptions) -> Cluster:
+    _, tenants = load_tenants(options.server)
+    cluster = Cluster(options, tenants)
+    cluster.check()
+    return cluster
 
 
 def _settled(ref: Any, wait_s: float) -> Any:

@@ -23,6 +23,7 @@ BEGIN, END = "<!-- values: written by generate.py -->", "<!-- end of values -->"
 # What the chart itself sets, from its own values.
 OWN = set("model device tp ray_address namespace replicas prefill_replicas span_nodes node_label served_model_name".split())
 OWN |= set("host port api_key api_key_file ingresses admin_host admin_port admin_token".split())
+OWN |= set("autoscaler min_replicas max_replicas".split())
 
 
 def readme() -> str:

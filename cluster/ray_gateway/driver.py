@@ -129,12 +129,13 @@ def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
 
 
 def join(options: QuireOptions) -> None:
-    """Makes this process a driver of the cluster at `ray_address`, and no more than that.
+    """Makes this process a driver of the cluster at `ray_address`, and no more than that. A process of that cluster is left as it is.
 
     Raises:
         ConnectionError: there is none.
     """
-    ray.init(address=options.cluster.ray_address, namespace=options.cluster.namespace, logging_level=logging.WARNING)
+    if not ray.is_initialized():
+        ray.init(address=options.cluster.ray_address, namespace=options.cluster.namespace, logging_level=logging.WARNING)
 
 
 def start_ray(options: QuireOptions) -> None:

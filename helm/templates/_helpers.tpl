@@ -106,10 +106,12 @@ labels:
   {{- with .Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with .Values.podAnnotations }}
 annotations:
+  # Another application is another cluster to KubeRay: controllers do not change what they serve.
+  quire/application: {{ include "quire.serveConfig" . | sha256sum }}
+  {{- with .Values.podAnnotations }}
   {{- toYaml . | nindent 2 }}
-{{- end }}
+  {{- end }}
 {{- end -}}
 
 {{- define "quire.podCommon" -}}

@@ -38,6 +38,12 @@ applications:
         {{- range (include "quire.models" . | fromJson).models }}
         - {{ include "quire.modelArgs" (list $ .) | nindent 10 | trim }}
         {{- end }}
+      {{- $options := .Values.serve.options }}
+      {{- if not .Values.apiKeys.allowAnonymous }}
+      {{- $options = merge (dict "api-key-file" (printf "/etc/quire/api-keys/%s" .Values.apiKeys.secretKey)) $options }}
+      {{- end }}
+      options:
+        {{- toYaml $options | nindent 8 }}
     deployments:
       - name: Ingress
         num_replicas: {{ .Values.serve.ingressReplicas | default ($pods | int) }}
@@ -48,7 +54,28 @@ applications:
 
 {{/* A model as the application's arguments. Called with (list context, model). */}}
 {{- define "quire.modelArgs" -}}
-{{- $root := index . 0 -}}
 {{- $model := index . 1 -}}
 name: {{ $model.name }}
+options:
+  model: {{ $model.model }}
+  device: {{ $model.device }}
+  tp: {{ $model.tp }}
+  replicas: {{ $model.replicas }}
+  {{- if $model.prefillReplicas }}
+  prefill-replicas: {{ $model.prefillReplicas }}
+  {{- end }}
+  {{- if gt (int $model.podsPerReplica) 1 }}
+  span-nodes: true
+  {{- end }}
+  node-label: [quire-model={{ $model.name }}]
+  {{- with $model.autoscaling }}
+  {{- if .enabled }}
+  autoscaler: {{ .policy }}
+  min-replicas: {{ .minReplicas }}
+  max-replicas: {{ .maxReplicas }}
+  {{- end }}
+  {{- end }}
+  {{- with $model.options }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import yaml
 from chart import CHART, EXAMPLES, FOREIGN, KUBERNETES, HelmError, Object, Release, helm, ray_service_schema, template
 from image import read_dockerfile
+
+from quire.deploy.application import Arguments, models_of
 
 # Values that together turn everything on.
 EVERYTHING: Object = {
@@ -245,6 +249,58 @@ def test_the_drain_hook_is_a_command_line_that_quire_takes(release: Release):
             assert words[:2] == ["exec", "quire"]
             args = parser().parse_args(words[2:])
             assert (args.command, args.node) == ("drain", "$HOSTNAME")
+
+
+def test_ray_serve_takes_its_configuration(release: Release):
+    from ray.serve.schema import ServeDeploySchema
+
+    told = ServeDeploySchema.model_validate(release.serve)
+    assert [(app.name, app.route_prefix, app.import_path) for app in told.applications] == [("quire", "/", "quire.deploy.serve_app:build")]
+    deployment = told.applications[0].deployments[0]
+    # One to a pod at most, and never more than there are pods: it would wait for another.
+    assert deployment.max_replicas_per_node == 1
+    assert deployment.num_replicas == max(1, sum(group["minReplicas"] for group in release.groups))
+    on_the_head = deployment.ray_actor_options.num_cpus == 0  # where Ray has no CPUs to give
+    assert on_the_head is not release.ray["excludeHeadPodFromServeSvc"]
+
+
+def test_the_applications_arguments_are_models_that_quire_takes(release: Release):
+    models = models_of(Arguments.model_validate(release.serve["applications"][0]["args"]))
+    assert list(models) == [group["groupName"] for group in release.groups]
+    for group, options in zip(release.groups, models.values(), strict=True):
+        assert dict(label.split("=") for label in options.cluster.node_label) == group["labels"]
+        ranks = options.cluster.replicas * options.engine.parallel.tp
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if options.engine.model.device == "cuda":
+            assert int(limits["nvidia.com/gpu"]) * group["replicas"] == ranks
+        assert int(limits["cpu"]) * group["replicas"] > ranks
+        if options.server.api_key_file is not None:
+            mounts = {mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]}
+            assert options.server.api_key_file.rpartition("/")[0] in mounts
+    namespaces = [argument for _, container in release.containers() for argument in container.get("args", ()) if "--namespace=" in argument]
+    assert namespaces == [f"--namespace={options.cluster.namespace}" for options in models.values()]
+
+
+def test_its_import_path_builds_the_deployment_that_it_configures(release: Release):
+    from ray._common.utils import import_attr
+
+    (app,) = release.serve["applications"]
+    built = import_attr(app["import_path"])(app["args"])
+    assert [built._bound_deployment.name] == [deployment["name"] for deployment in app["deployments"]]
+
+
+def test_the_tenants_file_that_the_chart_makes_is_one():
+    from quire.deploy.tenants_file import load_tenants
+    from quire.worker.config import ServerOptions
+
+    for values in ({}, {"apiKeys.tenants": [{"name": "a", "keys": ["k" * 20], "weight": 2}]}):
+        (secret,) = [made for made in template(values=values) if made["metadata"]["name"] == "test-quire-api-keys"]
+        text = base64.b64decode(secret["data"]["tenants.yaml"]).decode()
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            keys, _ = load_tenants(ServerOptions(api_key_file=file.name))
+        assert keys.tenant(base64.b64decode(secret["data"]["api-key"])) in ("a", "default")
 
 
 def test_gpus_follow_the_ranks():
