@@ -24,8 +24,9 @@ setup: $(STAMP)  ## make .venv, or refresh it
 serve: $(STAMP)  ## serve a model on http://127.0.0.1:8000 (ARGS are those of `quire serve`)
 	@exec $(BIN)/quire serve $(ARGS)
 
+# All of them in two processes, which get a file each. Whoever says which (ARGS) has one process, and sees what it prints as it does.
 test: $(STAMP)  ## run the tests (ARGS are pytest's)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 lint: $(STAMP)  ## style, types, import contracts
 	@echo 'ruff' && $(BIN)/ruff check --quiet .

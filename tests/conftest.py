@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
+CORES = sorted(os.sched_getaffinity(0))
 # Before torch is imported anywhere: tests share the machine.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core for what computes here; its neighbour has the other. What a test starts as a process of its own sees them all.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_getaffinity = lambda pid: set(CORES[:1])
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(CORES))))
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,9 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that compute for minutes go first. Others leave threads behind that have used OpenMP, and where it counts more of those than
-    there are cores, it puts them to sleep between any two loops, so that one core does nearly everything."""
-    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+    """What takes long goes first, so that two processes of tests end at about the same time.
+
+    In one process it must be so anyway: other tests leave threads behind that have used OpenMP, and where it counts more of those than
+    there are cores, it puts them to sleep between any two loops, so that one core does nearly everything.
+    """
+    items.sort(key=lambda item: next((place for place, mark in enumerate(("first", "ray", "slow")) if item.get_closest_marker(mark)), 3))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

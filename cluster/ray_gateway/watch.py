@@ -91,7 +91,7 @@ class Watch:
             call.cancel()
 
     async def _report(self, life: Life) -> bool:
-        """One report. True when the life has just become ready.
+        """One report. True when the life is ready, whoever was the first to hear it.
 
         Raises:
             ReplicaLost: the life has ended.
@@ -104,10 +104,10 @@ class Watch:
             log.warning("%s does not report: %s", life.name, first_line(error))
             self._router.remove(*life.name)  # takes nothing new until it does; what runs there goes on, for as long as the table waits
             return False
-        ready = self._table.reported(report, time.monotonic())
+        self._table.reported(report, time.monotonic())
         if report.failure is not None:
             raise ReplicaLost(report.failure)
-        return ready
+        return report.info is not None
 
     async def _follow_rank(self, life: Life, rank: int, actor: Any) -> None:
         while True:

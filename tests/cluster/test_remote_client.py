@@ -30,7 +30,7 @@ from quire.worker.protocol import (
     SamplingParams,
 )
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 KEY = b"k" * 32
 
 

@@ -20,7 +20,7 @@ from quire.worker.protocol import EventFrame, ModelInfo, ReplicaLoad, ReplicaLos
 INFO = ModelInfo("m", "/m", 128, 64, (2,), 0)
 LOAD = ReplicaLoad(1, 0, 8, 4, 0, 4, 0, 0, 0, 0, 0.0, 0.0, 1)
 NAME = LifeName("replica-0", 1000)
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 Reply = Callable[..., Awaitable[Any]]
 
@@ -122,6 +122,19 @@ def test_a_life_becomes_ready_and_its_frames_are_asked_for_one_after_the_other(m
         assert scene.table.replicas()[0].load == LOAD
 
     scene.play(scenario)
+
+
+def test_a_life_of_which_an_operators_question_has_told_that_it_is_ready_is_followed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch)
+    report = watch.report_of(asyncio.run(scene.leader._report()))
+    assert scene.table.reported(report, 0.0)
+
+    async def scenario(_: asyncio.Task[None]) -> None:
+        await until(lambda: len(scene.frames) >= 3)
+        assert scene.routed == ["replica-0"]
+
+    scene.play(scenario)
+
 
 
 def test_a_dead_leader_ends_it_and_so_does_a_dead_rank(monkeypatch: pytest.MonkeyPatch) -> None:

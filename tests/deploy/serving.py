@@ -33,7 +33,7 @@ from quire.worker.protocol import EngineStats, GenerateRequest, ModelInfo, Repli
 from quire.worker.scheduler import Scheduler
 from quire.worker.text.tokenizer import Tokenizer
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 T = TypeVar("T")
 
 
@@ -207,7 +207,8 @@ class ServerThread:
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[Any] | None = None) -> None:
                 await super().startup(sockets)
-                outer.port = self.servers[0].sockets[0].getsockname()[1]
+                outer.listening = self.servers[0].sockets[0]
+                outer.port = outer.listening.getsockname()[1]
                 outer.url = f"http://127.0.0.1:{outer.port}"
                 outer._started.set()
 

@@ -62,6 +62,7 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_pages_in_two_steps(scripte
 def test_a_client_that_stops_reading_is_given_up(scripted: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "SEND_TIMEOUT_S", 0.05)
     body = json.dumps({**LONG, "n": 64, "logprobs": 2, "stream": True}).encode()
+    scripted.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of every connection from now on: full at once
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", scripted.port))

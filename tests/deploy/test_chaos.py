@@ -1,4 +1,4 @@
-"""kill -9 of every kind of process while streams run: benchmarks/recovery.py on a tiny model with two ranks to each of three replicas.
+"""kill -9 of every kind of process while streams run: benchmarks/recovery.py on a tiny model with two ranks to each of two replicas.
 
 The benchmark is what finds violations, so first it is shown that it does find them.
 """
@@ -17,8 +17,8 @@ from types import ModuleType
 import pytest
 from tiny_server import save_tiny_model
 
-TIMEOUT_S = 280.0
-SIZE = {"--replicas": "3", "--tp": "2", "--ingresses": "2", "--streams": "12", "--tokens": "200", "--rounds": "5"}
+TIMEOUT_S = 800.0
+SIZE = {"--replicas": "2", "--tp": "2", "--ingresses": "2", "--streams": "12", "--tokens": "200", "--rounds": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_killing_any_process_costs_clients_a_pause_and_nothing_else(root: Path, 
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert [r["wrong"] for r in found["rounds"]] == [[]] * 5
+    assert [r["wrong"] for r in found["rounds"]] == [[]] * 4
     assert found["totals"]["by_kind"].keys() == {"leader", "rank", "controller", "ingress"}
     assert sum(r["hit"] for r in found["rounds"] if r["kind"] in ("leader", "rank")) > 0
 

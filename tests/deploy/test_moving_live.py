@@ -16,7 +16,7 @@ from tiny_server import Serve, save_tiny_model
 from quire.deploy import cli
 
 WAIT_S = 120.0
-STREAMS = 12
+STREAMS = 6
 TOKENS = 2000
 
 

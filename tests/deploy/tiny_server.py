@@ -17,8 +17,8 @@ import httpx
 
 from quire.deploy.process_tree import Process, descendants, is_alive
 
-READY_TIMEOUT_S = 180.0
-END_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 120.0
 
 
 def save_tiny_model(path: Path, max_model_len: int = 8192) -> None:
@@ -73,7 +73,15 @@ class Serve:
         assert line.startswith(prefix), f"stdout said {line!r}; stderr:\n{self.stderr()}"
         assert line.removeprefix(prefix).strip().isdigit()
         self.url = line.split()[-1]
+        self.look_below()
+
+    def look_below(self) -> None:
+        """`below` is what is there now."""
         self.below = descendants(self.process.pid)
+
+    def brought(self) -> list[Process]:
+        """Its processes that were not there when `below` was taken."""
+        return [p for p in descendants(self.process.pid) if p not in self.below]
 
     def status(self) -> dict[str, Any]:
         """What the admin API says; asked again while the controller is away."""

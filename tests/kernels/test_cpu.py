@@ -199,7 +199,7 @@ def test_processes_that_start_together_share_one_library(tmp_path: Path) -> None
         "from quire.kernels import cpu; sys.exit(not cpu.available())"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert [process.wait(timeout=600) for process in started] == [0, 0]
     assert len(list(tmp_path.rglob("*"))) == 3  # .cache, quire, the library; no leftovers
 
 
@@ -210,7 +210,7 @@ def test_every_instruction_set_compiles(flags: tuple[str, ...], tmp_path: Path) 
     folder = Path(cpu_build.__file__).parent
     for name in cpu_build.SOURCES:
         subprocess.run(
-            ["cc", "-std=gnu11", "-O1", "-Wall", "-Werror", *flags, "-fopenmp", "-c", str(folder / name), "-o", str(tmp_path / "out.o")],
+            ["cc", "-std=gnu11", "-O0", "-Wall", "-Werror", *flags, "-fopenmp", "-c", str(folder / name), "-o", str(tmp_path / "out.o")],
             check=True,
             timeout=120,
         )

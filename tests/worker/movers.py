@@ -18,7 +18,7 @@ from quire.worker.reslice import heads_of
 
 CPU = torch.device("cpu")
 LAYERS, PAGE_SIZE, DIM, PAGES = 3, 4, 8, 6
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def plan(*moves: Move, links: tuple[LinkEnd, ...] = (), closed: tuple[str, ...] = (), fenced: tuple[int, ...] = ()) -> StepPlan:

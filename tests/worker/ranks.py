@@ -23,7 +23,7 @@ from quire.worker.rank import RankActor
 from quire.worker.rendezvous import LOOPBACK, address_of, listen
 
 KEY = b"key of the tests"
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def tiny_options(model: Path | str, tp: int, step_timeout_s: float = 60.0, **model_options: Any) -> EngineOptions:

@@ -28,7 +28,7 @@ from quire.worker.protocol import (
     unpack_frame,
 )
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -62,9 +62,8 @@ def last_logits(model: DecoderModel, strangers: int) -> dict[str, torch.Tensor]:
     crowded = Pages(model, 8 + 2 * strangers, page).step(a=PROMPT, **crowd)
     found[f"whole among {strangers} strangers"] = crowded["a"][-1]
     found["in chunks"] = Pages(model, 8, page).run(PROMPT, [7, 1, 16])[-1]
+    found["token by token"] = Pages(model, 8, page).run(PROMPT, [len(PROMPT) - 3, 1])[-1]
     # As a preemption leaves it: the pages are gone, and what was decoded token by token is computed again as a prompt.
-    decoded = Pages(model, 8, page)
-    decoded.run(PROMPT[:-1], [len(PROMPT) // 2, 1])
     again = Pages(model, 8, page)
     again.step(a=PROMPT[:-1])
     found["computed again"] = again.step(a=PROMPT[-1:])["a"][-1]

@@ -9,7 +9,7 @@ from paged_memory import expected_output, hash_engine
 from quire.worker.engine_loop import EngineLoop
 from quire.worker.protocol import BadRequest, FinishReason, Frame, GenerateRequest, Overloaded, ReplicaLost, SamplingParams, unpack_frame
 
-WAIT_S = 20
+WAIT_S = 120.0
 
 
 def request(name: str, prompt=(1, 2, 3), **params) -> GenerateRequest:

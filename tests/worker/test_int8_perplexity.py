@@ -20,7 +20,7 @@ from quire.worker.text.source import ModelNotFound, resolve_model
 from quire.worker.text.tokenizer import load_tokenizer
 from quire.worker.weights import open_checkpoint
 
-CHUNK, CHUNKS, PAGE = 512, 6, 32
+CHUNK, CHUNKS, PAGE = 512, 4, 32
 ALLOWED = 0.02
 
 

@@ -110,7 +110,6 @@ def smollm2() -> Path:
         pytest.skip(str(missing))
 
 
-@pytest.mark.timeout(300)
 def test_smollm2_equals_transformers_reading_the_same_gguf(smollm2: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

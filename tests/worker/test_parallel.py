@@ -15,7 +15,7 @@ from quire.worker.parallel import PACKET_BYTES, GroupBroken, Membership, RankGro
 from quire.worker.rendezvous import LOOPBACK, address_of, listen
 
 CPU = torch.device("cpu")
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def on_each(size: int, do: Callable[[RankGroup], Any], broken: list[str] | None = None, limit_s: float = 30.0) -> list[Any]:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from quire.worker.post import Post
 from quire.worker.protocol import ReplicaLost
 
-WAIT_S = 20
+WAIT_S = 120.0
 
 
 def done(error: Exception | None = None) -> Future[None]:

