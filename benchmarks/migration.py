@@ -167,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "migration", 2, 1024)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 7900])
-    parser.add_argument("--streams", type=int, default=3, help="of each context")
+    parser.add_argument("--streams", type=int, default=2, help="of each context")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--neighbours", type=int, default=6, help="streams that stay")
     parser.add_argument("--neighbour-context", type=int, default=1024, help="prompt tokens of the streams that move beside them")
