@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..cluster.backoff import Backoff
 from ..worker.config import QuireOptions
-from .serve_app import Ingress, IngressDied
+from .ingress_actor import Ingress, IngressDied
 
 log = logging.getLogger(__name__)
 

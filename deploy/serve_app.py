@@ -1,314 +1,132 @@
-"""The ingress: an actor that serves the HTTP API under uvicorn, on the node of the command that started it; or, in an application on
-Ray Serve (`build`), a replica of a deployment that Serve places and scales.
+"""Quire as an application on Ray Serve: `serve run`, `serve deploy` and KubeRay's serveConfigV2 name `quire.deploy.serve_app:build`.
+
+Serve places, scales and watches the ingresses; controllers and replicas are Quire's own, start with the first ingress and end with the
+last one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray import serve
 
-from ..cluster.ray_gateway import Cluster, Registration, connect, remote_class, start_actor_logging
-from ..cluster.remote_client import IngressOptions
-from ..worker.config import QuireOptions, ServerOptions
-from ..worker.protocol import ReplicaLost
-from ..worker.text.source import resolve_model
-from .tenants_file import load_tenants
+from .application import Arguments, models_of
 
 if TYPE_CHECKING:
-    import uvicorn
+    from fastapi import FastAPI
 
-    from ..worker.text.tokenizer import Tokenizer
+    from ..worker.config import QuireOptions
+    from .model_service import ModelService
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 60.0  # from a replica's readiness to the server's
-STOP_TIMEOUT_S = 5.0
-CALL_TIMEOUT_S = 10.0
-REGISTER_S = 2.0
-RENEW_S = 5.0  # of the lease on a controller, which is 30 s
-CONTROLLER_ABSENT_S = 60.0  # Ray restarts a dead controller in a second or two
-MAX_ONGOING = 100_000  # our own admission decides
-
-
-class IngressDied(Exception):
-    """The ingress could not start, or ended without having been told to."""
-
-
-def probe(options: ServerOptions) -> None:
-    """Whether the server can listen where it is to.
-
-    Raises:
-        OSError: it cannot; says which address, and why.
-    """
-    _bound(options, shared=False).close()
-
-
-def reserve(options: ServerOptions) -> socket.socket:
-    """A socket that never listens: it holds the port, also one that was free to choose, while no ingress lives.
-
-    Raises:
-        OSError: the address cannot be used; says which and why.
-    """
-    return _bound(options, shared=True)
-
-
-def _bound(options: ServerOptions, shared: bool) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:  # the kernel spreads connections over all sockets that listen; all of them must be this user's
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise OSError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from None
-    return bound
-
-
-class IngressActor:
-    """One HTTP server.
-
-    Args:
-        ingress_id: who it is, also after a restart.
-        options: with the port that it shares with its siblings.
-    """
-
-    def __init__(self, ingress_id: str, options: QuireOptions) -> None:
-        start_actor_logging(options.server.log_level, options.server.log_format, ingress=ingress_id)
-        self._options = options
-        self._ingress_id = ingress_id
-        self._registration = Registration(options.cluster.namespace, ingress_id, os.getpid())
-        self._registering: asyncio.Task[None] | None = None
-        self._server: uvicorn.Server | None = None
-        self._serving: asyncio.Task[None] | None = None
-        self._app: Any = None
-
-    async def start(self) -> dict[str, Any]:
-        """Serves as soon as a replica does.
-
-        Returns:
-            {"phases" (name -> seconds)}, or {"failure": why it cannot serve}.
-        """
-        phases: dict[str, float] = {}
-        import uvicorn  # here and below: the driver, which imports this file, needs neither the server nor the tokenizer
-
-        from .api.http_server import server_config
-
-        try:
-            bound = _bound(self._options.server, shared=True)
-            await self.open(phases)
-            begun_s = time.monotonic()
-            config = server_config(self._app, self._options.server)
-            config.timeout_graceful_shutdown = int(STOP_TIMEOUT_S)
-            self._server = uvicorn.Server(config)
-            self._serving = asyncio.create_task(self._server.serve(sockets=[bound]))
-            async with asyncio.timeout(START_TIMEOUT_S):
-                # uvicorn has no event for it
-                while not self._server.started and not self._serving.done():  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-            if self._serving.done():
-                return {"failure": "the HTTP server ended while it started"}
-            phases["HTTP server"] = time.monotonic() - begun_s
-        except (OSError, ValueError, TimeoutError) as error:
-            return {"failure": str(error) or repr(error)}
-        return {"phases": phases}
-
-    async def open(self, phases: dict[str, float]) -> Any:
-        """The application, as soon as a replica serves; `phases` hears what that took.
-
-        Raises:
-            ValueError, OSError, TimeoutError: why there is none.
-        """
-        from .api.app import create_app
-
-        self._registering = asyncio.create_task(self._register())
-        tokenizer = await asyncio.to_thread(self._load_tokenizer, phases)
-        client = connect(self._options, self._ingress_id)
-        client.start()
-        info = await client.ready(self._options.cluster.start_timeout_s + START_TIMEOUT_S)
-        self._app = create_app(client, tokenizer, info, self._options.server, self._options.engine.limits)
-        return self._app
-
-    async def ended(self) -> None:
-        """Returns when the server has stopped."""
-        if self._serving is not None:
-            await asyncio.shield(self._serving)
-
-    async def running(self) -> int:
-        """Generation requests that run."""
-        return int(self._app.state.lifecycle.running)
-
-    async def drain(self, grace_s: float) -> bool:
-        """Refuses new requests, gives the running ones `grace_s`, then cuts them off. True when they all finished."""
-        return bool(await self._app.state.lifecycle.drain(grace_s))
-
-    async def stop(self) -> None:
-        """Closes the server and every connection."""
-        if self._server is not None and self._serving is not None:
-            self._server.should_exit = True
-            async with asyncio.timeout(2 * STOP_TIMEOUT_S):
-                await self._serving
-
-    def _of_client(self) -> IngressOptions:
-        engine = self._options.engine
-        return IngressOptions(self._ingress_id, engine.model.seed, engine.limits, engine.cache.prefix_cache)
-
-    async def _register(self) -> None:
-        while True:
-            try:
-                logging.getLogger().setLevel((await self._registration.renew(*self._lately())).upper())
-            except ReplicaLost as error:  # a controller that comes back hears of us then
-                log.debug("could not register: %s", error)
-            await asyncio.sleep(REGISTER_S)
-
-    def _lately(self) -> tuple[float | None, float | None]:
-        """99th percentiles of time to first token and per output token."""
-        if self._app is None:
-            return None, None
-        metrics = self._app.state.api.metrics
-        return metrics.ttft.high_s(), metrics.tpot.high_s()
-
-    def _load_tokenizer(self, phases: dict[str, float]) -> Tokenizer:
-        from ..worker.text.tokenizer import load_tokenizer
-
-        begun_s = time.monotonic()
-        tokenizer = load_tokenizer(Path(resolve_model(self._options.engine.model.model)))
-        phases["tokenizer"] = time.monotonic() - begun_s
-        return tokenizer
-
-
-class Ingress:
-    """An `IngressActor` from the driver's side. It dies with the driver. Blocking calls, each with a time-out."""
-
-    def __init__(self, ingress_id: str, options: QuireOptions) -> None:
-        """Starts the actor on this node; `started` says how it went."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor = remote_class(IngressActor, num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(ingress_id, options)
-        self._start = self._actor.start.remote()
-        self._ended: Any = None
-
-    def started(self, wait_s: float) -> dict[str, float] | None:
-        """The phases that `IngressActor.start` returned; None when it has not, after `wait_s`.
-
-        Raises:
-            IngressDied: it cannot serve.
-        """
-        result = _settled(self._start, wait_s)
-        if result is not None and "failure" in result:
-            raise IngressDied(result["failure"])
-        return None if result is None else result["phases"]
-
-    def check(self, wait_s: float) -> None:
-        """Watches it for `wait_s`.
-
-        Raises:
-            IngressDied: it has ended.
-        """
-        self._ended = self._ended or self._actor.ended.remote()
-        if ray.wait([self._ended], timeout=wait_s)[0]:
-            _settled(self._ended, CALL_TIMEOUT_S)
-            raise IngressDied("the HTTP server has ended")
-
-    def running(self) -> int:
-        """Generation requests that run."""
-        return int(_settled(self._actor.running.remote(), CALL_TIMEOUT_S) or 0)
-
-    def drain(self, grace_s: float) -> Any:
-        """Starts to drain; a token for `drained`. A second drain with less grace overrides the first."""
-        return self._actor.drain.remote(grace_s)
-
-    def drained(self, token: Any, wait_s: float) -> bool | None:
-        """Whether every request finished by itself; None while the drain goes on, after `wait_s`."""
-        finished: bool | None = _settled(token, wait_s)
-        return finished
-
-    def stop(self) -> None:
-        """Closes the server; what does not close in time is killed."""
-        try:
-            _settled(self._actor.stop.remote(), CALL_TIMEOUT_S)
-        finally:
-            ray.kill(self._actor)
+MAX_ONGOING = 1_000_000  # admission is the controller's
+HEALTH_PERIOD_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+RETIRED_S = 3600.0  # that streams of a former configuration may go on
+MARGIN_S = 15.0  # above the grace time, to release replicas
 
 
 class ServeIngress:
-    """The HTTP API of all models, in a replica of the deployment. The controllers live for as long as one of these renews their leases."""
+    """The OpenAI API of all models, in a replica of the deployment `Ingress`."""
 
-    async def __init__(self, models: dict[str, QuireOptions]) -> None:  # type: ignore[misc] # Serve awaits it
-        """Starts, or finds, the controller of each model, and waits until all serve.
+    def __init__(self) -> None:
+        from .api.by_model import ByModel  # here and below: whoever only builds the application needs no HTTP stack
 
-        Raises:
-            ValueError, OSError, TimeoutError, ReplicaLost: one does not; Serve tries again.
-        """
-        self._max_body = max(options.server.max_body for options in models.values())
-        self._clusters = {name: await asyncio.to_thread(_controller_of, options) for name, options in models.items()}
-        self._hopeless = ""
-        self._answered_s = time.monotonic()
-        self._renewing = asyncio.create_task(self._renew())
-        self._ingresses = {name: IngressActor(f"{name}-{os.uname().nodename}-{os.getpid()}", options) for name, options in models.items()}
-        apps = await asyncio.gather(*(ingress.open({}) for ingress in self._ingresses.values()))
-        self._apps = dict(zip(models, apps, strict=True))
+        self._id = f"serve-{serve.get_replica_context().replica_id.unique_id}"
+        self._services: dict[str, ModelService] = {}
+        self._apps: dict[str, FastAPI] = {}
+        self._whole = ByModel(self._apps, 0, self._close)
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __serve_build_asgi_app__(self) -> Any:
-        from .api.by_model import ByModel
+        return self._whole
 
-        return ByModel(self._apps, self._max_body)
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serves what `config`, the arguments of `build`, says.
+
+        The first time it is waited for. A later change goes on behind this call, because Serve sends no requests during it: what is new
+        comes up beside what runs and then gets the requests, while running streams end where they are.
+
+        Raises:
+            ValueError: `config` is wrong; says what.
+        """
+        wanted = models_of(Arguments.model_validate(config))
+        if self._services:
+            self._spawn(self._become(wanted))
+        else:
+            await self._become(wanted)
 
     def check_health(self) -> None:
-        """What Serve asks: raises when a model cannot be served any more."""
-        if self._hopeless:
-            raise IngressDied(self._hopeless)
-        if time.monotonic() - self._answered_s > CONTROLLER_ABSENT_S:
-            raise IngressDied("a controller does not answer")
+        """Serve asks now and then.
 
-    async def _renew(self) -> None:
-        while True:
-            try:
-                views = [await asyncio.to_thread(cluster.view) for cluster in self._clusters.values()]
-                self._hopeless = next((view.hopeless for view in views if view.hopeless), "")
-                self._answered_s = time.monotonic()
-            except ReplicaLost as error:
-                log.warning("%s", error)
-            await asyncio.sleep(RENEW_S)
+        Raises:
+            RuntimeError: a model cannot be served.
+        """
+        if not self._services:
+            raise RuntimeError("no models: give them as args of the application, or as user_config of the deployment Ingress")
+        for name, service in self._services.items():
+            if service.hopeless:
+                raise RuntimeError(f"{name}: {service.hopeless}")
+
+    async def _become(self, wanted: dict[str, QuireOptions]) -> None:
+        from .model_service import ModelService
+
+        async with self._turn:
+            self._whole.max_body = max(options.server.max_body for options in wanted.values())
+            for name, options in wanted.items():
+                there = self._services.get(name)
+                if there is not None and there.asked == options:
+                    continue
+                service = ModelService(options, self._id)
+                await service.opened()
+                self._services[name], self._apps[name] = service, service.app
+                log.info("%s is served", name)
+                if there is not None:
+                    self._spawn(there.close(RETIRED_S))
+            for name in self._services.keys() - wanted.keys():
+                del self._apps[name]
+                self._spawn(self._services.pop(name).close(RETIRED_S))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a change of the configuration has failed; what was served before still is: %s", task.exception())
+
+    async def _close(self) -> None:
+        """Serve has let the running requests end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(service.close(0.0) for service in self._services.values()), return_exceptions=True)
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application for `serve run`, `serve deploy` and KubeRay's serveConfigV2; `args` are those of `application.Arguments`.
+    """The application; `args` are those of `application.Arguments`. Starts nothing.
 
-    Starts nothing.
+    With other `args` Serve replaces the ingresses one after the other. In a configuration file they may instead stand as `user_config` of
+    the deployment `Ingress` (and `args` be left out): then a change is made in place (`ServeIngress.reconfigure`).
 
     Raises:
         ValueError: something in `args` is wrong; says what.
     """
-    from ray import serve  # nobody else here needs Ray Serve, or pydantic
-
-    from .application import Arguments, models_of
-
-    models = models_of(Arguments.model_validate(args))
-    ingress = serve.deployment(name="Ingress", max_ongoing_requests=MAX_ONGOING, health_check_period_s=5.0, health_check_timeout_s=30.0)
-    return ingress(serve.ingress()(ServeIngress)).bind(models)
-
-
-def _controller_of(options: QuireOptions) -> Cluster:
-    _, tenants = load_tenants(options.server)
-    cluster = Cluster(options, tenants)
-    cluster.check()
-    return cluster
-
-
-def _settled(ref: Any, wait_s: float) -> Any:
-    try:
-        return ray.get(ref, timeout=wait_s)
-    except GetTimeoutError:
-        return None
-    except RayError as error:
-        raise IngressDied("the process of the HTTP server has died") from error
+    models = models_of(Arguments.model_validate(args)) if args else {}
+    grace_s = max((options.server.grace_s for options in models.values()), default=RETIRED_S)
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=MAX_ONGOING,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=grace_s + MARGIN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        user_config=args or None,
+        ray_actor_options={"num_cpus": 0},  # CPUs are counted for the ranks of replicas
+    )
+    return ingress(serve.ingress()(ServeIngress)).bind()

@@ -31,10 +31,10 @@ from ..worker.protocol import ReplicaLost
 from ..worker.text.source import resolve_model
 from .admin.guard import check_admin
 from .admin.server import bind, start_admin
+from .ingress_actor import IngressDied, probe, reserve
 from .ingresses import Ingresses
 from .json_lines import JsonLines
 from .process_tree import descendants, end
-from .serve_app import IngressDied, probe, reserve
 from .tenants_file import load_tenants
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _cluster(options: QuireOptions) -> Iterator[tuple[Cluster, dict[str, float]]
 def _serve_on(cluster: Cluster, options: QuireOptions, signals: Signals, phases: dict[str, float], stdout: TextIO) -> int:
     begun_s = time.monotonic()
     ingresses = Ingresses(options)
-    cluster.check()
+    cluster.lease.check()
     admin = start_admin(AdminPort(options.cluster.namespace), options.admin)
     watch = _Watch(cluster)
     with _LoadingBar(shown=options.server.log_format == "text") as bar:
@@ -182,7 +182,7 @@ class _Watch:
             return self._latest
         self._asked_s = now_s
         try:
-            view = self._cluster.view()
+            view = self._cluster.lease.view()
         except ReplicaLost as error:
             if now_s - self._answered_s > CONTROLLER_ABSENT_S:
                 raise Failed(str(error)) from error

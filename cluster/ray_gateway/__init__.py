@@ -9,7 +9,20 @@
 
 from ...worker.actor import start_actor_logging
 from .calls import remote_class
-from .driver import Cluster, ClusterView, ReplicaView, join
+from .driver import Cluster, ClusterView, Lease, ReplicaView, join, same_service, serves
 from .ports import AdminPort, Registration, connect
 
-__all__ = ["AdminPort", "Cluster", "ClusterView", "Registration", "ReplicaView", "connect", "join", "remote_class", "start_actor_logging"]
+__all__ = [
+    "AdminPort",
+    "Cluster",
+    "ClusterView",
+    "Lease",
+    "Registration",
+    "ReplicaView",
+    "connect",
+    "join",
+    "remote_class",
+    "same_service",
+    "serves",
+    "start_actor_logging",
+]

@@ -57,14 +57,18 @@ class ClusterView:
     hopeless: str
 
 
-class Cluster:
-    """Ray, the controller and the lease on it, from the driver's side. Blocking calls, each with a time-out."""
+class Lease:
+    """The controller of a namespace, started if there is none, and somebody's lease on it. Blocking calls, each with a time-out.
 
-    def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...] = ()) -> None:
-        """Starts a local Ray, or joins the one at `ray_address`. From the main thread: Ray's processes die with the thread."""
-        self._options = options = with_threads(options, len(os.sched_getaffinity(0)))
-        self._holder = f"{os.uname().nodename}-{os.getpid()}"
-        start_ray(options)
+    Args:
+        options: of the model's cluster.
+        tenants: who may use how much.
+        holder: whose lease it is.
+    """
+
+    def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...], holder: str) -> None:
+        self._options = options
+        self._holder = holder
         actor = remote_class(
             ControllerActor,
             name=CONTROLLER_NAME,
@@ -84,11 +88,11 @@ class Cluster:
             ValueError: a controller of this namespace was there already, and serves something else.
         """
         theirs: QuireOptions = ray.get(self._controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
-        if _served(theirs) != _served(self._options):
+        if not same_service(theirs, self._options):
             raise ValueError(f"namespace {self._options.cluster.namespace!r} of this Ray cluster already serves another configuration")
 
     def view(self) -> ClusterView:
-        """The replicas, at last word. Renews this driver's lease.
+        """The replicas, at last word. Renews the lease.
 
         Raises:
             ReplicaLost: the controller does not answer.
@@ -100,18 +104,46 @@ class Cluster:
         rows = tuple(ReplicaView(id_, epoch, ReplicaState(state), *rest) for id_, epoch, state, *rest in raw["replicas"])
         return ClusterView(rows, raw["settled"], raw["hopeless"])
 
-    def close(self) -> None:
-        """Takes away what this driver brought: replicas and controller if nobody else holds them, and a local Ray."""
+    def release(self) -> None:
+        """Ends the lease, and takes away replicas and controller if nobody else holds one."""
         try:
             if ray.get(self._controller.release.remote(self._holder), timeout=RELEASE_TIMEOUT_S):
                 ray.kill(self._controller)
         except RayError as error:
             log.warning("the controller could not be told to stop: %s", first_line(error))
+
+
+class Cluster:
+    """Ray and a lease on the controller, from the driver's side. Blocking calls, each with a time-out."""
+
+    def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...] = ()) -> None:
+        """Starts a local Ray, or joins the one at `ray_address`. From the main thread: Ray's processes die with the thread."""
+        options = with_threads(options, len(os.sched_getaffinity(0)))
+        start_ray(options)
+        self.lease = Lease(options, tenants, f"{os.uname().nodename}-{os.getpid()}")
+
+    def close(self) -> None:
+        """Takes away what this driver brought: replicas and controller if nobody else holds them, and a local Ray."""
+        self.lease.release()
         ray.shutdown()
 
 
+def serves(namespace: str) -> QuireOptions | None:
+    """The options of the controller in a namespace; None when there is none."""
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace)
+    except ValueError:
+        return None
+    theirs: Any = ray.get(controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
+    return theirs if isinstance(theirs, QuireOptions) else None
+
+
+def same_service(one: QuireOptions, other: QuireOptions) -> bool:
+    """Whether two command lines may share a controller. They may differ in how they reach Ray, and in what is each ingress's own."""
+    return _served(one) == _served(other)
+
+
 def _served(options: QuireOptions) -> QuireOptions:
-    """What two command lines must agree on to share a controller: not how they reach Ray, nor what is each ingress's own."""
     model = replace(options.engine.model, threads=None)
     return QuireOptions(
         replace(options.engine, model=model), cluster=replace(options.cluster, ray_address=None), autoscaling=options.autoscaling

@@ -6,40 +6,53 @@ Keys, limits and errors are those of the applications; whatever names no model, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import ApiError
+
 _MODELS = "/v1/models"
 
 
 class ByModel:
-    """Args: `apps`, name -> application, the first of which answers what names none; `max_body`, the largest body in bytes."""
+    """The whole server.
 
-    def __init__(self, apps: Mapping[str, FastAPI], max_body: int) -> None:
-        self._apps = dict(apps)
-        self._first = next(iter(self._apps.values()))
-        self._max_body = max_body
+    Args:
+        apps: name -> application. They come and go; a request stays with the one that it began with. The first one answers what names none.
+        max_body: the largest body in bytes.
+        on_shutdown: awaited once, when the server ends.
+    """
+
+    def __init__(self, apps: Mapping[str, FastAPI], max_body: int, on_shutdown: Callable[[], Awaitable[None]]) -> None:
+        self.max_body = max_body
+        self._apps = apps
+        self._on_shutdown = on_shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
         path = scope.get("path", "")
-        if scope["type"] != "http" or len(self._apps) == 1:
+        if not self._apps:
+            await ApiError(503, "no model is ready", code="engine_silent").response()(scope, receive, send)
+        elif scope["type"] != "http" or len(self._apps) == 1:
             await self._first(scope, receive, send)
         elif path in (_MODELS, "/health"):
             await self._all(scope, receive, send)
         elif scope["method"] == "POST":
-            body, rest = await _read(receive, self._max_body)
+            body, rest = await _read(receive, self.max_body)
             await self._named(_model_of(body))(scope, _replay(body, rest, receive), send)
         else:
             asked = path.removeprefix(f"{_MODELS}/") if path.startswith(f"{_MODELS}/") else _query(scope)
             await self._named(asked)(scope, receive, send)
+
+    @property
+    def _first(self) -> FastAPI:
+        return next(iter(self._apps.values()))
 
     def _named(self, name: Any) -> ASGIApp:
         return self._apps.get(name, self._first) if isinstance(name, str) else self._first
@@ -49,7 +62,7 @@ class ByModel:
         data: list[Any] = []
         start: Message = {}
         content = b""
-        for app in self._apps.values():
+        for app in list(self._apps.values()):
             start, content = await _answer(app, scope, receive)
             if start["status"] != 200:
                 break
@@ -62,12 +75,10 @@ class ByModel:
         await send({"type": "http.response.body", "body": content})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
-        async with AsyncExitStack() as stack:
-            await receive()
-            for app in self._apps.values():
-                await stack.enter_async_context(app.router.lifespan_context(app))
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._on_shutdown()
         await send({"type": "lifespan.shutdown.complete"})
 
 

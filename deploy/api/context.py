@@ -29,6 +29,10 @@ class Api:
     tracing: Tracing | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
+    def latencies(self) -> tuple[float | None, float | None]:
+        """99th percentiles, lately, of time to first token and per output token, in seconds."""
+        return self.metrics.ttft.high_s(), self.metrics.tpot.high_s()
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError(404) unless `name` is the served model's; a request that names none means this one."""
         if name is not None and name != self.info.name:

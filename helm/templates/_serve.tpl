@@ -33,23 +33,23 @@ applications:
   - name: quire
     route_prefix: /
     import_path: quire.deploy.serve_app:build
-    args:
-      models:
-        {{- range (include "quire.models" . | fromJson).models }}
-        - {{ include "quire.modelArgs" (list $ .) | nindent 10 | trim }}
-        {{- end }}
-      {{- $options := .Values.serve.options }}
-      {{- if not .Values.apiKeys.allowAnonymous }}
-      {{- $options = merge (dict "api-key-file" (printf "/etc/quire/api-keys/%s" .Values.apiKeys.secretKey)) $options }}
-      {{- end }}
-      options:
-        {{- toYaml $options | nindent 8 }}
     deployments:
       - name: Ingress
         num_replicas: {{ .Values.serve.ingressReplicas | default ($pods | int) }}
         max_replicas_per_node: 1
         ray_actor_options:
           num_cpus: {{ ternary 0 0.5 $headServes }}
+        user_config:
+          models:
+            {{- range (include "quire.models" . | fromJson).models }}
+            - {{ include "quire.modelArgs" (list $ .) | nindent 14 | trim }}
+            {{- end }}
+          {{- $options := .Values.serve.options }}
+          {{- if not .Values.apiKeys.allowAnonymous }}
+          {{- $options = merge (dict "api-key-file" (printf "/etc/quire/api-keys/%s" .Values.apiKeys.secretKey)) $options }}
+          {{- end }}
+          options:
+            {{- toYaml $options | nindent 12 }}
 {{- end -}}
 
 {{/* A model as the application's arguments. Called with (list context, model). */}}

@@ -48,11 +48,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_gateway.Cl
         """The lease, as `quire serve` does."""
         while not over.wait(2.0):
             with contextlib.suppress(ReplicaLost):
-                cluster.view()
+                cluster.lease.view()
 
     renewing = threading.Thread(target=renew)
     try:
-        cluster.check()
+        cluster.lease.check()
         renewing.start()
         until(lambda: all_ready(cluster))
         yield cluster
@@ -71,13 +71,13 @@ def until(true: Callable[[], object]) -> None:
 
 def all_ready(cluster: ray_gateway.Cluster) -> bool:
     try:
-        return all(row.state is ReplicaState.READY for row in cluster.view().replicas)
+        return all(row.state is ReplicaState.READY for row in cluster.lease.view().replicas)
     except ReplicaLost:
         return False
 
 
 def epochs(cluster: ray_gateway.Cluster) -> dict[str, int]:
-    return {row.replica_id: row.epoch for row in cluster.view().replicas}
+    return {row.replica_id: row.epoch for row in cluster.lease.view().replicas}
 
 
 def request(name: str, max_tokens: int) -> GenerateRequest:

@@ -61,7 +61,12 @@ def test_the_application_is_built_and_nothing_is_started():
 
     from quire.deploy.serve_app import build
 
-    built = build({"models": [{"name": "a"}, {"name": "b"}]})
+    args = {"models": [{"name": "a", "options": {"grace-s": 5}}, {"name": "b", "options": {"grace-s": 50}}]}
+    built = build(args)
     assert isinstance(built, Application)
-    deployment = built._bound_deployment
-    assert (deployment.name, list(deployment.init_args[0])) == ("Ingress", ["a", "b"])
+    config = built._bound_deployment._deployment_config
+    assert (built._bound_deployment.name, config.user_config) == ("Ingress", args)
+    assert config.graceful_shutdown_timeout_s > 50
+    assert build({})._bound_deployment._deployment_config.user_config is None
+    with pytest.raises(OptionError, match="models: B: name"):
+        build({"models": [{"name": "B"}]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -16,23 +15,20 @@ from quire.deploy.api.by_model import ByModel
 MAX_BODY = 1000
 
 
+async def nothing() -> None:
+    return None
+
+
 class App:
     """An application that says who it is, and what it got."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.healthy = True
-        self.life: list[str] = []
-        self.app = FastAPI(lifespan=self._lifespan)
+        self.app = FastAPI()
         self.app.add_api_route("/v1/models", self.models)
         self.app.add_api_route("/health", self.health)
         self.app.add_api_route("/{path:path}", self.echo, methods=["GET", "POST"])
-
-    @asynccontextmanager
-    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.life.append("up")
-        yield
-        self.life.append("down")
 
     async def models(self, request: Request) -> JSONResponse:
         if request.headers.get("authorization") != "Bearer key":
@@ -53,7 +49,7 @@ def apps() -> list[App]:
 
 @pytest.fixture
 async def client(apps: list[App]) -> AsyncIterator[httpx.AsyncClient]:
-    whole = ByModel({app.name: app.app for app in apps}, MAX_BODY)
+    whole = ByModel({app.name: app.app for app in apps}, MAX_BODY, nothing)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(whole), base_url="http://x") as client:
         yield client
 
@@ -110,24 +106,40 @@ async def test_one_model_by_its_name(client: httpx.AsyncClient):
         assert (await client.get(path)).json()["app"] == goes_to
 
 
-async def test_all_of_them_start_and_stop(apps: list[App]):
-    whole = ByModel({app.name: app.app for app in apps}, MAX_BODY)
+async def test_its_end_is_told_once():
+    told: list[str] = []
+
+    async def closed() -> None:
+        told.append("closed")
+
     asked = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-    said: list[str] = []
 
     async def receive() -> dict[str, str]:
         return next(asked)
 
     async def send(message: dict[str, str]) -> None:
-        said.append(message["type"])
-        assert [app.life for app in apps] == ([["up"]] * 2 if len(said) == 1 else [["up", "down"]] * 2)
+        told.append(message["type"])
 
-    await whole({"type": "lifespan"}, receive, send)
-    assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    await ByModel({}, MAX_BODY, closed)({"type": "lifespan"}, receive, send)
+    assert told == ["lifespan.startup.complete", "closed", "lifespan.shutdown.complete"]
+
+
+async def test_models_come_and_go(apps: list[App]):
+    serving: dict[str, FastAPI] = {}
+    transport = httpx.ASGITransport(ByModel(serving, MAX_BODY, nothing))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        assert (await client.get("/health")).status_code == 503
+        serving["one"] = apps[0].app
+        serving["two"] = apps[1].app
+        assert (await client.post("/x", json={"model": "two"})).json()["app"] == "two"
+        serving["two"] = App("new two").app
+        assert (await client.post("/x", json={"model": "two"})).json()["app"] == "new two"
+        del serving["one"]
+        assert (await client.post("/x", json={"model": "one"})).json()["app"] == "new two"
 
 
 async def test_a_single_model_is_not_read_for():
     app = App("one")
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(ByModel({"one": app.app}, 1)), base_url="http://x") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(ByModel({"one": app.app}, 1, nothing)), base_url="http://x") as client:
         assert (await client.post("/v1/completions", json={"model": "two"})).json()["app"] == "one"
         assert json.loads((await client.get("/health")).content) == {"status": "ok"}

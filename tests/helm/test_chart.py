@@ -265,7 +265,7 @@ def test_ray_serve_takes_its_configuration(release: Release):
 
 
 def test_the_applications_arguments_are_models_that_quire_takes(release: Release):
-    models = models_of(Arguments.model_validate(release.serve["applications"][0]["args"]))
+    models = models_of(Arguments.model_validate(release.serve["applications"][0]["deployments"][0]["user_config"]))
     assert list(models) == [group["groupName"] for group in release.groups]
     for group, options in zip(release.groups, models.values(), strict=True):
         assert dict(label.split("=") for label in options.cluster.node_label) == group["labels"]
@@ -285,7 +285,7 @@ def test_its_import_path_builds_the_deployment_that_it_configures(release: Relea
     from ray._common.utils import import_attr
 
     (app,) = release.serve["applications"]
-    built = import_attr(app["import_path"])(app["args"])
+    built = import_attr(app["import_path"])({})
     assert [built._bound_deployment.name] == [deployment["name"] for deployment in app["deployments"]]
 
 
