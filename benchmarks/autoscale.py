@@ -204,7 +204,9 @@ def main() -> int:
     flags = ["--autoscaler", "ongoing", "--target-ongoing", args.each, "--max-replicas", args.max_replicas]
     with served(args, *map(str, flags), "--scale-up-cooldown-s", "2", "--scale-down-cooldown-s", "4") as server:
         found = asyncio.run(bench(server, args))
-    draw_picture(args.png, found, f"{shown}, 1 to {args.max_replicas} replicas and back")
+    png, args.model = args.png, shown
+    del args.png  # no argument of what was measured
+    draw_picture(png, found, f"{shown}, 1 to {args.max_replicas} replicas and back")
     print("\n".join(found["wrong"]) or "every text is the undisturbed one")
     took_over = sum(found["moved"].get(reason, 0) for reason in ("fill", "rebalance"))
     goals = [
