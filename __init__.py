@@ -12,15 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .deploy.handle import connect
     from .worker.llm import LLM
     from .worker.protocol import BadRequest, Overloaded, ReplicaLost, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "BadRequest", "Overloaded", "ReplicaLost", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BadRequest", "Overloaded", "ReplicaLost", "SamplingParams", "__version__", "connect"]
 
 _HOME = {
     "LLM": ".worker.llm",
+    "connect": ".deploy.handle",
     "SamplingParams": ".worker.protocol",
     "BadRequest": ".worker.protocol",
     "Overloaded": ".worker.protocol",
