@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from .rms_norm import NormLaunch, add_rms_norm, rms_norm
 from .rope_write import RopeLaunch, rope_and_write_kv
 from .sampling import SampleLaunch, SampleRows, sample
 from .silu_mul import SiluLaunch, silu_mul
+from .triton_ops import fixed_attention
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 KV_HEADS, LAYERS, WIDTH = 2, 2, 64
@@ -82,7 +83,7 @@ class Attention:
 
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
-    return [*attention_cases(), *merge_cases(), *small_cases(), *table_cases(read_table())]
+    return [*attention_cases(), *merge_cases(), *small_cases(), *fixed_cases(), *table_cases(read_table())]
 
 
 def attention_cases() -> Iterator[Case]:
@@ -137,6 +138,13 @@ def small_cases() -> Iterator[Case]:
     yield Case("page_copy unpack", partial(move_pages, pages[:8], None, torch.empty_like(pages), ids), {})
     for rows in (1, 64):
         yield Case(f"sampling {rows} rows", partial(_sample, rows), {})
+
+
+def fixed_cases() -> Iterator[Case]:
+    """The attention of the deterministic mode, whose tiles are not the rules'."""
+    for dim, dtype, group in ((64, BF16, 4), (128, BF16, 8), (256, BF16, 4), (128, FP32, 4)):
+        params = tuple(asdict(fixed_attention(group)).items())
+        yield Attention("paged_prefill", dim, dtype, dtype, group, params=params, chosen="fixed").case()
 
 
 def _rope(
