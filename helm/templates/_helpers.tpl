@@ -107,7 +107,7 @@ labels:
   {{- toYaml . | nindent 2 }}
   {{- end }}
 annotations:
-  # Another application is another cluster to KubeRay: controllers do not change what they serve.
+  # Another application is another cluster to KubeRay, so that the admin ports know whose they are.
   quire/application: {{ include "quire.serveConfig" . | sha256sum }}
   {{- with .Values.podAnnotations }}
   {{- toYaml . | nindent 2 }}
