@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from quire import LLM, SamplingParams
 from quire.deploy.load.report import percentile
-from quire.deploy.load.workload import LoadRequest, TraceOptions, trace_file
+from quire.deploy.load.traces import TraceOptions
+from quire.deploy.load.workload import LoadRequest, trace_file
 from quire.worker.protocol import GenerateRequest
 
 QUIRE = [sys.executable, "-m", "quire.deploy.cli"]

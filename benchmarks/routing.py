@@ -31,7 +31,8 @@ from serve_bench import START_TIMEOUT_S, stop, wait_until_ready
 
 from quire.cluster.policies import POLICIES
 from quire.deploy.load.report import percentile
-from quire.deploy.load.workload import LoadRequest, TraceOptions, trace_file
+from quire.deploy.load.traces import TraceOptions
+from quire.deploy.load.workload import LoadRequest, trace_file
 
 SCALE, MAX_TOKENS, VOCAB = 16, 2048, 257
 LOAD = 0.7  # of what the replicas keep up with when nothing is reused

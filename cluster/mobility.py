@@ -14,6 +14,8 @@ from .messages import Route
 from .policies import ReplicaSnapshot
 from .rebalancing import COOLDOWN_S, FREE_TO_MOVE_AGAIN, Move, Need, Place, Reason, Role, looked_at, place, plan, size
 
+ROUND_S = 1.0  # between two rounds of all policies
+QUICK_ROUND_S = 0.05  # between two for replicas that drain or only prefill
 RETRY_S = 1.0  # after a move that failed, nothing is tried with that request
 
 

@@ -17,7 +17,7 @@ from ..admin import DrainStatus, MoveRow, NotNow, UnknownReplica, UnknownRequest
 from ..controller import DRAINED, Controller, ReplicaState
 from ..global_scheduler import GlobalScheduler
 from ..messages import Route
-from ..mobility import Mobility, by_hand
+from ..mobility import QUICK_ROUND_S, ROUND_S, Mobility, by_hand
 from ..rebalancing import Move, Need, Place, Relief, Role, relief
 from ..routing import Router
 from .calls import LifeName, answer
@@ -25,8 +25,6 @@ from .lives import Life
 
 log = logging.getLogger(__name__)
 
-ROUND_S = 1.0
-QUICK_ROUND_S = 0.05
 LOOK_TIMEOUT_S = 2.0
 MIGRATION_TIMEOUT_S = 610.0  # above the replica's own
 POLL_S = 0.05  # while a drain is waited for

@@ -1,8 +1,4 @@
-"""Follows one life of a replica, from its start to its death: its reports, its events, its ranks.
-
-One long poll at a time for each replica, and a pause after each that grows with the number of replicas, so that the controller's
-own work stays a fraction of one core however many there are.
-"""
+"""Follows one life of a replica, from its start to its death: its reports, its events (`cluster.polling`), its ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from ray.exceptions import ActorDiedError, RayError
 
 from ...worker.protocol import EngineStats, EventFrame, ModelInfo, ReplicaLost, unpack_events
 from ..controller import Controller, Rank, Report
+from ..polling import EVENT_WAIT_S, pause_s
 from ..routing import Router
 from .calls import CALL_TIMEOUT_S, first_line, value
 from .lives import Life
@@ -23,10 +20,7 @@ from .lives import Life
 log = logging.getLogger(__name__)
 
 START_POLL_S = 0.25
-EVENT_WAIT_S = 0.5
 RANK_POLL_S = 0.5
-MIN_POLL_S = 0.02
-POLL_COST_S = 0.004  # twice what one poll costs the controller: all of them take half a core at most
 
 
 class Watch:
@@ -72,7 +66,7 @@ class Watch:
                 continue
             self._table.heard(*life.name, time.monotonic(), frame.load)
             self._take(frame)
-            await asyncio.sleep(max(MIN_POLL_S, POLL_COST_S * len(self._table.replicas())))
+            await asyncio.sleep(pause_s(len(self._table.replicas())))
 
     def _take_requests(self, life: Life) -> None:
         replica = self._table.replica(life.name.replica_id)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     import uvloop  # light enough not to be what is measured
 
     from ..load.http import HttpError
-    from ..load.workload import WorkloadError
+    from ..load.traces import WorkloadError
 
     server = server_of(args)
     try:
@@ -96,11 +96,12 @@ async def _served_model(server: Server, wanted: str | None) -> tuple[str, int | 
 
 def _requests(args: argparse.Namespace, max_model_tokens: int | None) -> list[LoadRequest]:
     from ..load import workload
+    from ..load.traces import TraceOptions
 
     if args.prompts is not None:
         return workload.prompts_file(args.prompts, args.num_requests, args.output_tokens)
     max_tokens = args.max_request_tokens or max_model_tokens
-    options = workload.TraceOptions(args.scale, max_tokens, args.one_session_in, args.vocab_size, args.seed)
+    options = TraceOptions(args.scale, max_tokens, args.one_session_in, args.vocab_size, args.seed)
     if args.trace is not None:
         return workload.trace_file(args.trace, args.num_requests, options)
     return workload.fixed_lengths(args.num_requests, args.input_tokens, args.output_tokens, options)

@@ -29,14 +29,14 @@ def write_png(path: Path, title: str, outcomes: Sequence[Outcome], summary: dict
         fontsize=11,
     )
     panels = figure.subplots(2, 2)
-    _distribution(panels[0, 0], "time to first token", [o.ttft_s for o in good], summary["ttft_ms"], summary["slo"]["ttft_ms"])
-    _distribution(panels[0, 1], "time per output token", [tpot_s(o) for o in good], summary["tpot_ms"], summary["slo"]["tpot_ms"])
-    _distribution(panels[1, 0], "latency", [o.latency_s for o in good], summary["latency_ms"], None)
+    distribution(panels[0, 0], "time to first token", [o.ttft_s for o in good], summary["ttft_ms"], summary["slo"]["ttft_ms"])
+    distribution(panels[0, 1], "time per output token", [tpot_s(o) for o in good], summary["tpot_ms"], summary["slo"]["tpot_ms"])
+    distribution(panels[1, 0], "latency", [o.latency_s for o in good], summary["latency_ms"], None)
     _timeline(panels[1, 1], outcomes)
     figure.savefig(path, dpi=130)
 
 
-def _distribution(axes: Any, name: str, seconds: Sequence[float | None], figures: dict[str, float | None], limit_ms: float | None) -> None:
+def distribution(axes: Any, name: str, seconds: Sequence[float | None], figures: dict[str, float | None], limit_ms: float | None) -> None:
     """Share of the requests (y) that took at most so long (x), with the percentiles marked."""
     values = sorted(value * 1000 for value in seconds if value is not None)
     axes.set(title=name, xlabel="ms", ylabel="share of requests", ylim=(0, 1.02))

@@ -5,10 +5,13 @@ The benchmark of the same name does it with real processes and a real clock (ben
 
 from __future__ import annotations
 
+from collections import Counter, deque
+
 import pytest
-from virtual_cluster import SEATS, Load, VirtualCluster, percentile, poisson
+from virtual_cluster import SEATS, cluster, percentile, poisson
 
 from quire.cluster.fairness import INPUT_PRICE, OUTPUT_PRICE
+from quire.cluster.simulator.jobs import Job
 from quire.cluster.tenants import TenantLimits
 
 RUN_S = 60.0
@@ -17,11 +20,11 @@ SMALL = ("a", "b", "c")
 
 def ttft_p99_s(order: str, flood: bool) -> float:
     """Of the small tenants. They send documents, the flood is chats, far more than the replica can do."""
-    loads = [load for tenant in SMALL for load in poisson(tenant, 1.0, RUN_S, 400, 16)]
+    jobs = [job for tenant in SMALL for job in poisson(tenant, 1.0, RUN_S, 400, 16)]
     if flood:
-        loads += poisson("flood", 50.0, RUN_S, 32, 32)
-    VirtualCluster(order=order).run(loads, 3 * RUN_S)
-    ttfts = [load.ttft_s for load in loads if load.tenant in SMALL]
+        jobs += poisson("flood", 50.0, RUN_S, 32, 32)
+    cluster(order=order).play(jobs, 3 * RUN_S)
+    ttfts = [job.ttft_s for job in jobs if job.tenant in SMALL]
     assert len(ttfts) > 150
     return percentile([ttft for ttft in ttfts if ttft is not None], 0.99)
 
@@ -43,16 +46,29 @@ BOUND = 2 * max(INPUT_PRICE * LONG[0], OUTPUT_PRICE * (SEATS + 2) * sum(LONG))
 
 def service_gap(order: str, weight: float, replicas: int = 1) -> tuple[float, float]:
     """(largest difference of service over any time in which both tenants wait, service of both). `weight` is the second one's."""
-    cluster = VirtualCluster((TenantLimits("y", weight=weight),), order=order, replicas=replicas)
-    loads: list[Load] = poisson("x", 60.0 * replicas, 40.0, *SHORT) + poisson("y", 20.0 * replicas, 40.0, *LONG)
+    simulation = cluster((TenantLimits("y", weight=weight),), order, replicas)
+    jobs = poisson("x", 60.0 * replicas, 40.0, *SHORT) + poisson("y", 20.0 * replicas, 40.0, *LONG)
+    unsent = {tenant: deque(job for job in jobs if job.tenant == tenant) for tenant in "xy"}
+    service: Counter[str] = Counter()  # without what live requests were given at replicas
     differences: list[float] = []
 
-    def watch(lines: dict[str, int]) -> None:
-        if lines.get("x") and lines.get("y"):
-            differences.append(cluster.service["x"] - cluster.service["y"] / weight)
+    def total(tenant: str) -> float:
+        return service[tenant] + OUTPUT_PRICE * sum(r.served_tokens(tenant) for r in simulation.replicas.values())
 
-    cluster.run(loads, 40.0, watch)
-    return max(differences) - min(differences), cluster.service["x"] + cluster.service["y"]
+    def watch() -> None:
+        for tenant, line in unsent.items():
+            while line and line[0].sent_s is not None:
+                service[tenant] += INPUT_PRICE * line.popleft().prompt_tokens
+        lines = {status.name: status.waiting for status in simulation.scheduler.tenants()}
+        if lines.get("x") and lines.get("y"):
+            differences.append(total("x") - total("y") / weight)
+
+    def done(job: Job) -> None:
+        service[job.tenant] += OUTPUT_PRICE * job.output_tokens
+
+    simulation.watch = watch
+    simulation.play(jobs, 40.0, done)
+    return max(differences) - min(differences), total("x") + total("y")
 
 
 @pytest.mark.parametrize(("weight", "replicas"), [(1.0, 1), (2.0, 1), (1.0, 3)])

@@ -10,7 +10,8 @@ from virtual_replica import Figures, Job, Shape, Speed, VirtualCluster
 from quire.cluster.policies import POLICIES
 from quire.cluster.routing import Router
 from quire.deploy.load.report import percentile
-from quire.deploy.load.workload import TraceOptions, trace_file
+from quire.deploy.load.traces import TraceOptions
+from quire.deploy.load.workload import trace_file
 
 REPLICAS, BUSY = 4, 0.9
 SPEED, SHAPE = Speed(), Shape(pages=512)  # a seventh of what the prompts fill

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from quire.cluster import polling
 from quire.cluster.controller import Controller, Rank, ReplicaState
 from quire.cluster.ray_gateway import watch
 from quire.cluster.ray_gateway.calls import LifeName
@@ -70,9 +71,9 @@ class Scene:
             "EVENT_WAIT_S": 0.01,
             "CALL_TIMEOUT_S": 0.01,
             "RANK_POLL_S": 0.001,
-            "MIN_POLL_S": 0.001,
         }.items():
             monkeypatch.setattr(watch, name, seconds)
+        monkeypatch.setattr(polling, "MIN_POLL_S", 0.001)
         self.table = Controller(1, 100.0)
         self.table.adopt(*NAME, 0.0)
         self.router = Router("least_loaded")

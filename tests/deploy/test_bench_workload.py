@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from quire.deploy.load import workload
-from quire.deploy.load.workload import LoadRequest, TraceOptions, WorkloadError, arrivals, fixed_lengths, prompts_file, trace_file
+from quire.deploy.load.traces import MOONCAKE_BLOCK_TOKENS, TraceOptions, WorkloadError
+from quire.deploy.load.workload import LoadRequest, arrivals, fixed_lengths, prompts_file, trace_file
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9305900,396,109\n"
 
@@ -159,4 +159,4 @@ def test_the_real_prompts(data_file, name, start):
 
 
 def test_block_size_is_the_published_one():
-    assert workload.MOONCAKE_BLOCK_TOKENS == 512
+    assert MOONCAKE_BLOCK_TOKENS == 512
