@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import admin, admin_server, bench, chat, env, serve, simulate, top
+from .commands import admin, admin_server, bench, chat, env, profile, serve, simulate, top
 from .commands.arguments import CommandError
 
 
@@ -23,6 +23,7 @@ def parser(api_key: str | None = None, admin_token: str | None = None) -> argpar
     admin.add_parsers(commands, admin_token)
     admin_server.add_parser(commands, admin_token)
     top.add_parser(commands, admin_token)
+    profile.add_parser(commands)
     simulate.add_parser(commands)
     env.add_parser(commands)
     return whole

@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = {"system": _system(), "packages": {name: _version(name) for name in _PACKAGES}, "cpu": _cpu(), "devices": _devices()}
+    facts = {"system": _system(), "packages": {name: _version(name) for name in _PACKAGES}, "cpu": cpu(), "devices": devices()}
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -42,7 +42,7 @@ def _system() -> dict[str, Any]:
     }
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
@@ -52,7 +52,7 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _devices() -> dict[str, Any]:
+def devices() -> dict[str, Any]:
     """The GPUs, as torch sees them; says so when there is no torch."""
     try:
         import torch

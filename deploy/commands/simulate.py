@@ -50,6 +50,9 @@ def add_parser(commands: Any) -> None:
         help="X times as many requests, copies come within a minute (default: 1)",
     )
     what.add_argument("--scale", type=positive_float, default=1.0, metavar="X", help="divide the lengths by this (default: 1)")
+    what.add_argument(
+        "--max-request-tokens", type=positive_int, metavar="N", help="leave out longer requests (default: what a replica holds)"
+    )
     what.add_argument("--one-session-in", type=positive_int, default=1, metavar="N", help="of a Mooncake trace, whole sessions, one in N")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
     cluster = parser.add_argument_group("the cluster")
@@ -120,7 +123,8 @@ def _jobs(args: argparse.Namespace, profile: SpeedProfile) -> list[Job]:
     from ..load.traces import TraceOptions, trace_rows
 
     shape = profile.replica
-    options = TraceOptions(args.scale, min(shape.max_model_len, shape.pages * shape.page_size), args.one_session_in, seed=args.seed)
+    holds = min(shape.max_model_len, shape.pages * shape.page_size)
+    options = TraceOptions(args.scale, min(args.max_request_tokens or holds, holds), args.one_session_in, seed=args.seed)
     jobs = jobs_of(
         trace_rows(args.trace, args.num_requests, options), options, Pace(args.from_s, args.until_s, args.speedup, args.multiply, args.seed)
     )
