@@ -5,8 +5,11 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
+from typing import TypeVar
 
 from .sequence import Sequence
+
+_Key = TypeVar("_Key")
 
 
 class DecodeBatch:
@@ -53,10 +56,8 @@ class DecodeBatch:
         self._growing[(s.joined - s.computed) % self._size] -= 1
         self.sync(s)
         self.context -= s.computed
-        for counts, of in ((self.tenants, s.tenant), (self.priorities, s.priority)):
-            counts[of] -= 1  # type: ignore[index]
-            if not counts[of]:  # type: ignore[index]
-                del counts[of]  # type: ignore[arg-type]
+        _uncount(self.tenants, s.tenant)
+        _uncount(self.priorities, s.priority)
 
     def sync(self, s: Sequence) -> None:
         """Writes into `s` what it has by now."""
@@ -105,3 +106,10 @@ class DecodeBatch:
         """All of them have got so many tokens."""
         self.steps += steps
         self.context += steps * len(self._members)
+
+
+def _uncount(counts: Counter[_Key], key: _Key) -> None:
+    """One fewer; what there is none of is not in it."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
