@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from ...worker.protocol import MigrationResult, Outcome
 from ..messages import Route
-from ..mobility import MOVED, Outcome
 from ..rebalancing import Move
 from .loop import EventLoop
 from .planner import Berth
 from .replica import Replica
 from .sequence import Sequence
 
-Done = Callable[[Move, Outcome], None]
-
-_REFUSED, _ABORTED = "refused", "aborted"  # as `worker.migration_wire.Outcome` calls them
+Done = Callable[[Move, MigrationResult], None]
 
 
 class Migrations:
@@ -42,7 +40,7 @@ class Migrations:
         """The source has been told."""
         s = source.sequence(move.request_id) if source is not None else None
         if source is None or destination is None or s is None:
-            self._done(move, Outcome(_REFUSED))
+            self._done(move, MigrationResult(Outcome.REFUSED))
         elif source.decodes(s):
             self._offer(move, source, destination, s)
         else:
@@ -50,20 +48,20 @@ class Migrations:
 
     def _hand_over_unfinished(self, move: Move, source: Replica, destination: Replica, s: Sequence) -> None:
         if source.sequence(move.request_id) is not s or source.decodes(s):
-            self._done(move, Outcome(_ABORTED))
+            self._done(move, MigrationResult(Outcome.ABORTED))
             return
         source.leave(s)
 
         def arrive() -> None:
             destination.submit(s)
-            self._done(move, Outcome(MOVED))
+            self._done(move, MigrationResult(Outcome.MOVED))
 
         self._loop.after(self._hop_s, arrive)
 
     def _offer(self, move: Move, source: Replica, destination: Replica, s: Sequence) -> None:
         berth = destination.reserve(s)
         if berth is None:
-            self._done(move, Outcome(_REFUSED))
+            self._done(move, MigrationResult(Outcome.REFUSED))
             return
         pages = berth.pages - len(berth.found)
         begin_s = max(self._loop.now_s, self._link_free_s.get(source.route, 0.0)) + 2 * self._hop_s
@@ -77,7 +75,7 @@ class Migrations:
         wider = destination.widen(berth, s.pages) if still else None
         if wider is None:
             destination.cancel(berth)
-            self._done(move, Outcome(_ABORTED))
+            self._done(move, MigrationResult(Outcome.ABORTED))
             return
         computed, grown = s.computed, s.pages - berth.pages
         source.leave(s)
@@ -86,7 +84,7 @@ class Migrations:
 
         def arrive() -> None:
             destination.arrive(s, wider, computed)
-            self._done(move, Outcome(MOVED, pages, pages * source.profile.replica.page_bytes, 1000 * downtime_s))
+            self._done(move, MigrationResult(Outcome.MOVED, pages, pages * source.profile.replica.page_bytes, 1000 * downtime_s))
 
         self._loop.after(downtime_s, arrive)
 

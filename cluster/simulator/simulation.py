@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from ...worker.protocol import EventFrame, Overloaded, QuireError
+from ...worker.protocol import EventFrame, MigrationResult, Overloaded, QuireError
+from ..autoscaling_guard import Autoscaler
 from ..controller import Controller, Report
 from ..global_scheduler import GlobalScheduler, QueueLimits
 from ..messages import Route
-from ..mobility import QUICK_ROUND_S, ROUND_S, Mobility, Outcome
-from ..rebalancing import Move, Need, Role
+from ..mobility import QUICK_ROUND_S, ROUND_S, Mobility
+from ..rebalancing import Move, Need, Place, Role
 from ..routing import Router
 from ..tenants import TenantLimits, TenantTable
+from .fleet import Fleet
 from .jobs import Job, PageNames, sorted_jobs
 from .loop import EventLoop
 from .migrations import Migrations
@@ -45,6 +47,7 @@ class SimulationOptions:
         tenants: who may use how much.
         hop_s: that a message from one process to another takes.
         seed: of the draws of `power_of_two`.
+        autoscaler: makes what changes the number of replicas; None: there are as many all the time.
     """
 
     profile: SpeedProfile
@@ -57,6 +60,7 @@ class SimulationOptions:
     tenants: tuple[TenantLimits, ...] = ()
     hop_s: float = 0.001
     seed: int = 0
+    autoscaler: Callable[[], Autoscaler | None] | None = None
 
 
 class Simulation:
@@ -74,6 +78,7 @@ class Simulation:
         self.replicas: dict[Route, Replica] = {}
         self.timeline = Timeline()
         self.gone_preemptions = self.gone_recomputed = 0  # of replicas that are gone
+        self.fleet = Fleet(self, options.autoscaler() if options.autoscaler else None, options.replicas)
         self.watch: Callable[[], None] | None = None
         self._migrations = Migrations(self.loop, options.hop_s, self._moved)
         self._names = PageNames(options.profile.replica.page_size)
@@ -93,12 +98,10 @@ class Simulation:
         ordered = sorted_jobs(jobs)
         self._jobs = {job.request_id: job for job in ordered}
         self._open, self._done = len(ordered), done
-        for replica_id in self.table.due(0.0):
-            self.timeline.begun(replica_id, 0.0)
-            self._ready(Route(replica_id, self.table.begin(replica_id, 1, 0.0)))
+        self.fleet.begin()
         for job in ordered:
             self.loop.at(job.arrival_s + self.options.hop_s, partial(self._offer, job))
-        if self.options.rebalance or self.options.prefill_replicas:
+        if self.options.rebalance or self.options.prefill_replicas or self.options.autoscaler:
             self.loop.after(0.0, self._rounds)
         self.loop.after(0.0, self._sample)
         self.loop.run(until_s)
@@ -111,7 +114,7 @@ class Simulation:
 
     # --- lives ---
 
-    def _ready(self, route: Route) -> None:
+    def ready(self, route: Route) -> None:
         """A replica takes requests from now on."""
         replica = Replica(route, self.options.profile, self.loop, self._ended, lambda: reports.news())
         reports = Reports(self.loop, replica, lambda: len(self.replicas), self._events, self.options.hop_s)
@@ -120,6 +123,14 @@ class Simulation:
         self.table.reported(report, self.loop.now_s)
         self.router.add(*route, replica.info)
         self._events(replica.frame())
+
+    def gone(self, route: Route) -> None:
+        """It is no longer there; it held nothing."""
+        self.scheduler.replica_lost(*route, self.loop.now_s)
+        replica = self.replicas.pop(route, None)
+        if replica is not None:
+            self.gone_preemptions += replica.planner.preemptions
+            self.gone_recomputed += replica.planner.recomputed_tokens
 
     def _sample(self) -> None:
         draining, ready = len(self.table.draining()), len(self.table.serving())
@@ -133,6 +144,7 @@ class Simulation:
 
     def _offer(self, job: Job) -> None:
         now_s = self.loop.now_s
+        self.fleet.arrivals.came(job.prompt_tokens, now_s)
         try:
             self.scheduler.offer(job.admission(self._names.hashes(job), now_s - job.arrival_s), now_s)
         except QuireError as error:
@@ -177,6 +189,7 @@ class Simulation:
             raise RuntimeError(f"{s.request_id} has ended without a token")
         job.first_s, job.last_s = s.first_s + self.options.hop_s, s.last_s + self.options.hop_s
         job.cached_tokens = s.cached_tokens or 0
+        self.fleet.ended(job)
         self._close(job)
 
     def _close(self, job: Job) -> None:
@@ -194,7 +207,7 @@ class Simulation:
     def _rounds(self) -> None:
         """A round of moves, and the next one's time."""
         now_s = self.loop.now_s
-        self._steer()
+        self.steer()
         full = now_s >= self._round_s
         if full:
             self._round_s = now_s + ROUND_S
@@ -203,14 +216,14 @@ class Simulation:
             hurry = self.options.prefill_replicas or self.table.draining()
             self.loop.after(QUICK_ROUND_S if hurry else ROUND_S, self._rounds)
 
-    def _steer(self) -> None:
+    def steer(self) -> None:
         """Tells the router what takes nothing new."""
         decode = [r.replica_id for r in self.table.replicas() if self.books.role(r.replica_id) is Role.DECODE]
         self.router.steer(self.table.draining(), decode)
 
     def _round(self, leisure: bool) -> None:
         now_s, need = self.loop.now_s, self._need()
-        places = self.books.places(self.router.snapshots(), self.table.draining(), now_s)
+        places = self.places()
         routes = self.books.looked_at(places, need, leisure)
         if not routes:
             return
@@ -222,6 +235,10 @@ class Simulation:
             source, destination = self.replicas.get(move.source), self.replicas.get(move.destination)
             self.loop.after(self.options.hop_s, partial(self._migrations.begin, move, source, destination))
 
+    def places(self) -> list[Place]:
+        """The replicas as they are when all that moves has moved."""
+        return self.books.places(self.router.snapshots(), self.table.draining(), self.loop.now_s)
+
     def _need(self) -> Need | None:
         request = self.scheduler.stuck()
         if request is None:
@@ -229,6 +246,6 @@ class Simulation:
         size = self.options.profile.replica.page_size
         return Need(-(-request.prompt_tokens // size) + request.sequences, request.longest_tokens)
 
-    def _moved(self, move: Move, outcome: Outcome) -> None:
+    def _moved(self, move: Move, outcome: MigrationResult) -> None:
         self.books.ended(move, outcome, self.loop.now_s)
         self.router.forget(move.request_id)

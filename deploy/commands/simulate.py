@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...worker.config import AutoscalingOptions, EngineOptions, ParallelOptions
+from ..options import add_flags, build
 from .arguments import CommandError, nonnegative_float, positive_float, positive_int
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..load.playing import Played
 
 DEFAULT_PROFILE = "h200-llama-8b"
+AUTOSCALING = frozenset(f.name for f in fields(AutoscalingOptions))  # as `quire serve` has them
 
 _DESCRIPTION = """\
 Plays a recorded trace on a cluster in virtual time: the real queue, routing, migration and autoscaling over replicas whose steps
@@ -26,6 +29,7 @@ take the time that a speed profile says (`quire profile` measures one; some are 
 
   quire simulate --trace AzureLLMInferenceTrace_conv.csv.gz --replicas 2
   quire simulate --trace mooncake_trace.jsonl.gz --replicas 8 --policy round_robin --slo-ttft-ms 2000
+  quire simulate --trace azure.csv.gz --multiply 20 --replicas 4 --autoscaler slo --target-ttft-ms 300 --max-replicas 20
 """
 
 
@@ -68,6 +72,7 @@ def add_parser(commands: Any) -> None:
     )
     cluster.add_argument("--max-queue-wait-s", type=positive_float, metavar="S", help="refuse what would wait longer (default: nothing)")
     cluster.add_argument("--startup-s", type=nonnegative_float, metavar="S", help="of a replica (default: as the profile says)")
+    add_flags(parser, AUTOSCALING)
     report = parser.add_argument_group("report")
     report.add_argument("--slo-ttft-ms", type=positive_float, metavar="MS", help="for goodput: first token within this")
     report.add_argument("--slo-tpot-ms", type=positive_float, metavar="MS", help="for goodput: mean time per later token within this")
@@ -101,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> SimulationOptions:
     from dataclasses import replace
 
+    from ...cluster.autoscaling_setup import autoscaler_of
     from ...cluster.policies import POLICIES
     from ...cluster.simulator.simulation import NO_LIMITS, SimulationOptions
     from ...cluster.simulator.speed_profile import load
@@ -112,9 +118,21 @@ def _options(args: argparse.Namespace) -> SimulationOptions:
         raise CommandError(f"--policy: must be one of {', '.join(sorted(POLICIES))} (got {args.policy!r})")
     if not 0 <= args.prefill_replicas < args.replicas:
         raise CommandError(f"--prefill-replicas: must be from 0 to {args.replicas - 1} (got {args.prefill_replicas})")
+    given = {name: value for name, value in vars(args).items() if name in AUTOSCALING or name == "config"}
+    parallel = replace(EngineOptions(), parallel=ParallelOptions(tp=profile.replica.gpus))
+    quire = replace(build(given), engine=parallel)
+    scales = autoscaler_of(quire) is not None
     limits = NO_LIMITS if args.max_queue_wait_s is None else replace(NO_LIMITS, max_wait_s=args.max_queue_wait_s)
     return SimulationOptions(
-        profile, args.replicas, args.policy, args.migration, args.prefill_replicas, args.queue_order, limits, seed=args.seed
+        profile,
+        args.replicas,
+        args.policy,
+        args.migration,
+        args.prefill_replicas,
+        args.queue_order,
+        limits,
+        seed=args.seed,
+        autoscaler=(lambda: autoscaler_of(quire)) if scales else None,
     )
 
 
@@ -152,6 +170,7 @@ def _write(args: argparse.Namespace, options: SimulationOptions, played: Played,
                 "policy": args.policy,
                 "took_s": took_s,
                 "summary": figures,
+                "decisions": [d.as_json() for d in played.simulation.fleet.decisions],
                 "timeline": [s._asdict() for s in played.simulation.timeline.samples],
                 "requests": [asdict(o) for o in played.outcomes()],
             }
