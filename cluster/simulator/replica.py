@@ -266,7 +266,7 @@ class Replica:
         self._count(1)
         self._stretch = None
         self._apply()
-        if self.has_news():
+        if prompts or self.has_news():  # the real one would have filled pages, also where a trace does not say of what
             self._news()
         self._begin()
 
