@@ -92,7 +92,8 @@ def measure(engine: Engine, seconds: float, progress: Callable[[float], None]) -
         progress: told of the share of the time that has passed.
     """
     noting = engine.runner = _Noting(engine.runner)
-    begin_s, found = time.perf_counter(), []
+    begin_s = time.perf_counter()
+    found: list[StepTime] = []
     try:
         list(_play(engine, noting, 1, 64))  # what is slow once
         for number, (sequences, prompt) in enumerate(_that_fit(engine)):
@@ -136,7 +137,7 @@ def _play(engine: Engine, noting: _Noting, sequences: int, prompt: int) -> Itera
         noting.plan = None
     if decodes:
         means = [statistics.fmean(column) for column in zip(*decodes, strict=True)]
-        yield StepTime(*means[:-1], seconds=statistics.median(step.seconds for step in decodes))
+        yield StepTime(*means)._replace(seconds=statistics.median(step.seconds for step in decodes))
 
 
 def _of(plan: StepPlan, seconds: float) -> StepTime:

@@ -48,8 +48,8 @@ def fit(steps: Iterable[Step]) -> Fit:
         raise ValueError(f"a fit needs at least 6 steps that took time, not {len(known)}")
     best = min((_linear(known, knee) for knee in KNEES), key=lambda found: found[0])[1]
     errors = sorted(abs(_predicted(best, step) / step.seconds - 1) for step in known)
-    at = [errors[min(int(share * len(errors)), len(errors) - 1)] for share in (0.5, 0.9, 1.0)]
-    return Fit(best, *at, len(known))
+    median, p90 = (errors[min(int(share * len(errors)), len(errors) - 1)] for share in (0.5, 0.9))
+    return Fit(best, median, p90, errors[-1], len(known))
 
 
 def _predicted(cost: StepCost, step: Step) -> float:

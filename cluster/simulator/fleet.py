@@ -122,7 +122,10 @@ class Fleet:
             if sim.table.lives(*route):
                 sim.ready(route)
 
-        ready() if takes_s == 0 else sim.loop.after(takes_s, ready)
+        if takes_s:
+            sim.loop.after(takes_s, ready)
+        else:
+            ready()
 
     def _empty(self, replica_id: str, on: bool) -> None:
         self._sim.table.drain(replica_id, on)

@@ -43,6 +43,7 @@ def _system() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
+    """The processor, and what of it decides how fast it computes."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {

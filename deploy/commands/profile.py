@@ -81,7 +81,11 @@ def measured(args: argparse.Namespace) -> tuple[SpeedProfile, Fit]:
     engine = LLM(args.model, **options).engine
     startup_s = time.perf_counter() - began_s
     with tqdm(total=100, desc="measuring", unit="%", file=sys.stderr, dynamic_ncols=True) as bar:
-        steps = measure(engine, args.seconds, lambda share: bar.update(round(100 * share) - bar.n) and None)
+
+        def passed(share: float) -> None:
+            bar.update(round(100 * share) - bar.n)
+
+        steps = measure(engine, args.seconds, passed)
     found = fit(Step(*step) for step in steps)
     info, scheduler = engine.info, engine.scheduler
     shape = ReplicaShape(

@@ -157,7 +157,11 @@ def _played(options: SimulationOptions, jobs: list[Job]) -> Played:
     from ..load.playing import play
 
     with tqdm(total=len(jobs), unit="request", file=sys.stderr, dynamic_ncols=True, mininterval=0.5) as bar:
-        return play(options, jobs, lambda _: bar.update() and None)
+
+        def done(job: Job) -> None:
+            bar.update()
+
+        return play(options, jobs, done)
 
 
 def _write(args: argparse.Namespace, options: SimulationOptions, played: Played, figures: dict[str, Any], took_s: float) -> None:
