@@ -36,7 +36,7 @@ class StepCost:
     context_token_s: float = 0.0
     pair_s: float = 0.0
 
-    def step_s(self, prompt_tokens: int, pairs: float, decodes: int, context: int, rows: int) -> float:
+    def step_s(self, prompt_tokens: float, pairs: float, decodes: float, context: float, rows: float) -> float:
         """One step: `prompt_tokens` that attend to `pairs`, `decodes` that read `context` tokens together, in `rows` sequences."""
         linear_s = self.token_s * max(prompt_tokens + decodes, self.knee_tokens)
         return self.base_s + linear_s + self.sequence_s * rows + self.context_token_s * context + self.pair_s * pairs
