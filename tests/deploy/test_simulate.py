@@ -76,9 +76,10 @@ def test_copies_come_after_their_original_and_a_part_is_cut_out():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a real model, on a machine that may be busy
 def test_a_profile_of_this_machine_can_be_simulated(trace, tmp_path, capsys):
     path = tmp_path / "here.json"
-    flags = ["--kv-pages", "64", "--max-running", "8", "--seconds", "0.1", "--name", "here", "--json", str(path)]
+    flags = ["--kv-pages", "64", "--max-running", "8", "--threads", "1", "--seconds", "0.1", "--name", "here", "--json", str(path)]
     assert cli.main(["profile", *flags]) == 0
     said = capsys.readouterr().out
     assert "error of the fit: median" in said
