@@ -25,7 +25,7 @@ from quire.deploy.process_tree import descendants, end
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-UP_S = 240.0
+UP_S = 400.0
 STREAMS, TOKENS = 16, 1500
 BIN = Path(sys.executable).parent
 COMPOSED = """
@@ -111,11 +111,9 @@ def started(folder: Path) -> Iterator[Ray]:
         yield ray
     finally:
         below = descendants(node.pid)
-        node.terminate()
-        try:
-            node.wait(30)
-        finally:
-            end(below, 5.0)
+        node.kill()
+        node.wait(UP_S)
+        end(below, 5.0)
 
 
 @pytest.fixture(scope="module")
