@@ -121,6 +121,8 @@ class Image:
         (folder / "quire").mkdir()
         if os.geteuid() != 0 or self._as_root("true").returncode != 0:
             pytest.skip("needs root and mount namespaces, to become another user on a read-only root")
+        if self._as_root(sys.executable, "-c", "").returncode != 0:
+            pytest.skip(f"{sys.executable} is not there in the image's view of this machine")
         copy_context(folder / "src")
         self._install()
 
