@@ -21,6 +21,7 @@ from quire.deploy import cli
 
 WAIT_S = 240.0
 LIVE = 6  # streams at once
+TOKENS = 2000  # of each
 
 
 class Load:
@@ -38,7 +39,7 @@ class Load:
         while not self._stop.is_set():
             for number in range(LIVE):
                 if number not in live or not live[number].thread.is_alive():
-                    live[number] = Reader(self._url, number)
+                    live[number] = Reader(self._url, number, TOKENS)
                     self.all.append((number, live[number]))
             live[0].thread.join(0.05)
 
@@ -68,7 +69,6 @@ def moved(admin: str, *reasons: str) -> float:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="its streams and waits are not yet sized for a machine that has other work")
 @pytest.mark.timeout(900)
 def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_model(tmp_path / "model")
@@ -88,7 +88,7 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
             status = cli.main([words[0], "--admin-url", admin, *words[1:], "--json"])
             return status, json.loads(capsys.readouterr().out)
 
-        calm = [Reader(server.url, number).end() for number in range(LIVE)]  # one after the other
+        calm = [Reader(server.url, number, TOKENS).end() for number in range(LIVE)]  # one after the other
         assert {error for _, _, error in calm} == {""}
         assert set(states()) == {"replica-0"}
 
@@ -120,7 +120,6 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="its streams and waits are not yet sized for a machine that has other work")
 @pytest.mark.timeout(900)
 def test_the_last_replica_goes_and_the_next_request_brings_one(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
@@ -129,7 +128,7 @@ def test_the_last_replica_goes_and_the_next_request_brings_one(tmp_path: Path) -
         server.wait_ready()
         until("nothing is left", server, lambda: server.status()["replicas"] == [])
         assert httpx.get(server.url + "/health", timeout=60).status_code == 200
-        first, second = Reader(server.url, 1), Reader(server.url, 1)  # both wait for it
+        first, second = Reader(server.url, 1, 100), Reader(server.url, 1, 100)  # both wait for it
         assert first.end() == second.end()
         assert first.error == ""
         assert first.tokens > 0

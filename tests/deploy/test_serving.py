@@ -76,6 +76,14 @@ def in_a_ray(server: Serve, monkeypatch: pytest.MonkeyPatch) -> Flags:
     return "--ray-address", server.argument("gcs-address"), "--namespace", "two"
 
 
+def wait_until_it_serves_again(server: Serve, ingress: str, before: str) -> None:
+    """Its log said `before` when the ingress was still there."""
+    deadline_s = time.monotonic() + WAIT_S
+    while server.stderr().count(f"{ingress} serves") == before.count(f"{ingress} serves"):
+        assert time.monotonic() < deadline_s, server.stderr()
+        time.sleep(0.05)
+
+
 def wait_until_gone(processes: list[Process]) -> None:
     deadline_s = time.monotonic() + 2 * WAIT_S
     while any(is_alive(p) for p in processes):
@@ -110,16 +118,15 @@ def test_of_two_ingresses_one_dies_and_is_started_again_on_the_port_that_they_sh
     kill(server, ingresses["ingress-1"])
     for _ in range(20):  # of the sockets on the port only the living one's is left
         assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
-    deadline_s = time.monotonic() + WAIT_S
-    while server.stderr().count("ingress-1 serves") == before.count("ingress-1 serves"):
-        assert time.monotonic() < deadline_s, server.stderr()
-        time.sleep(0.05)
+    wait_until_it_serves_again(server, "ingress-1", before)
     assert "ingress-1: the process of the HTTP server has died; it is started again in 0.5 s" in server.stderr().removeprefix(before)
     again = {row["id"]: row["pid"] for row in server.status()["ingresses"]}
     assert again["ingress-0"] == ingresses["ingress-0"]
     assert again["ingress-1"] != ingresses["ingress-1"]
+    before = server.stderr()
     kill(server, again["ingress-0"])
     assert complete(server.url, max_tokens=2, ignore_eos=True).status_code == 200
+    wait_until_it_serves_again(server, "ingress-0", before)  # the next test must not take its process for one of its own
 
 
 @pytest.mark.ray
