@@ -81,30 +81,44 @@ class RequestRow(NamedTuple):
     state: str
 
 
+class TenantRow(NamedTuple):
+    """One tenant: its share, its requests that wait for a replica and those that have one, and the pages of the latter, counted from their
+    tokens. `bounds` are (field, value) of `TenantLimits`, as far as they are set."""
+
+    name: str
+    weight: float
+    waiting: int
+    running: int
+    pages: int
+    bounds: tuple[tuple[str, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What the controller counts. Counters start again when it does.
 
     Attributes:
         queue_requests, queue_tokens: requests that wait for a replica, and their prompt tokens.
-        refused: requests refused for the moment (429), by reason.
+        refused: (tenant, reason) -> requests refused.
         expired: requests whose deadline passed in the queue.
         served_tokens: tenant -> output tokens generated for it.
         deaths: replicas that died.
         restarts: replicas that were started again.
         migrations: (reason, outcome) -> migrations that the controller began and that have ended.
+        migrations_under_way: those that have not.
         migrated_pages, migrated_bytes: that they sent.
         downtime_s: seconds that the requests which moved stood still for it, in all.
     """
 
     queue_requests: int = 0
     queue_tokens: int = 0
-    refused: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[tuple[str, str], int] = field(default_factory=dict)
     expired: int = 0
     served_tokens: Mapping[str, int] = field(default_factory=dict)
     deaths: int = 0
     restarts: int = 0
     migrations: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    migrations_under_way: int = 0
     migrated_pages: int = 0
     migrated_bytes: int = 0
     downtime_s: float = 0.0
@@ -168,6 +182,7 @@ class ClusterStatus:
     ingresses: tuple[IngressStatus, ...] = ()
     replicas: tuple[ReplicaRow, ...] = ()
     requests: tuple[RequestRow, ...] = ()
+    tenants: tuple[TenantRow, ...] = ()
     figures: Figures = Figures()
     scale: ScaleFigures = ScaleFigures()
 

@@ -60,6 +60,11 @@ class Admissions:
         question = self._questions.get(request_id)
         return question is None or question.request.attempt > attempt
 
+    def tenant(self, request_id: str) -> str:
+        """Who asks; empty when nobody does any more."""
+        question = self._questions.get(request_id)
+        return question.request.tenant if question else ""
+
     def withdraw(self, request_id: str) -> None:
         """It is not asked any more."""
         self._questions.pop(request_id, None)

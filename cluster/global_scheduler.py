@@ -37,7 +37,7 @@ class Decision(NamedTuple):
 
 
 class TenantStatus(NamedTuple):
-    """A tenant as it stands. `served` is its virtual token counter: only differences mean anything."""
+    """A tenant as it stands. `served` is its virtual token counter: only differences mean anything. `bounds`: `TenantLimits.bounds`."""
 
     name: str
     weight: float
@@ -45,6 +45,7 @@ class TenantStatus(NamedTuple):
     waiting: int
     running: int
     pages: int
+    bounds: tuple[tuple[str, float], ...] = ()
 
 
 class GlobalScheduler:
@@ -176,8 +177,8 @@ class GlobalScheduler:
         return self._lines.backlog.tokens
 
     def tenants(self) -> list[TenantStatus]:
-        """Every tenant that waits, runs, or has used anything lately."""
-        return [self._status(name) for name in sorted(self._tenants.names())]
+        """Every tenant that has an entry of its own, waits, runs, or has used anything lately."""
+        return [self._status(name) for name in self._tenants.names()]
 
     # --- letting in ---
 
@@ -257,7 +258,8 @@ class GlobalScheduler:
 
     def _status(self, name: str) -> TenantStatus:
         tenant, line = self._tenant(name), self._lines.line(name)
-        return TenantStatus(name, tenant.limits.weight, self._counters.served(name), len(line) if line else 0, tenant.running, tenant.pages)
+        waiting, served, limits = len(line) if line else 0, self._counters.served(name), tenant.limits
+        return TenantStatus(name, limits.weight, served, waiting, tenant.running, tenant.pages, limits.bounds())
 
 
 def _is_new(request: AdmitRequest) -> bool:

@@ -6,8 +6,9 @@ from collections import Counter
 
 from ..worker.protocol import BadRequest, DeadlineExceeded, EventFrame, Overloaded, QuireError
 from .admin import Figures
+from .tenants import CountedTenants, RateLimited
 
-KEPT_TENANTS = 1024  # beyond it, further tenants are counted together
+REFUSALS = ("rate", "overloaded", "too_large")  # by a limit of the tenant's, by the cluster's load, by size
 
 
 class Tally:
@@ -16,18 +17,21 @@ class Tally:
     def __init__(self) -> None:
         self.deaths = 0
         self.restarts = 0
-        self._refused: Counter[str] = Counter()
+        self._refused: Counter[tuple[str, str]] = Counter()  # (tenant, reason)
         self._expired = 0
-        self._served: Counter[str] = Counter()
+        self._served: Counter[str] = Counter()  # tenant -> tokens
+        self._tenants = CountedTenants()
         self._lives: dict[tuple[str, int], dict[str, int]] = {}  # life -> tenant -> tokens, as its latest frame said
 
-    def refused(self, error: QuireError) -> None:
+    def refused(self, tenant: str, error: QuireError) -> None:
         """A request was not let in, or not in time."""
         match error:
+            case RateLimited():
+                self._refused[self._tenants.name(tenant), "rate"] += 1
             case Overloaded():
-                self._refused["overloaded"] += 1
+                self._refused[self._tenants.name(tenant), "overloaded"] += 1
             case BadRequest():
-                self._refused["too_large"] += 1
+                self._refused[self._tenants.name(tenant), "too_large"] += 1
             case DeadlineExceeded():
                 self._expired += 1
 
@@ -35,8 +39,7 @@ class Tally:
         """What a replica has generated, by tenant. Its counts are of its life; a tenant that has been idle for long may be missing."""
         known = self._lives.setdefault((frame.replica_id, frame.epoch), {})
         for tenant, tokens in frame.served.items():
-            name = tenant if tenant in self._served or len(self._served) < KEPT_TENANTS else "others"
-            self._served[name] += max(tokens - known.get(tenant, 0), 0)
+            self._served[self._tenants.name(tenant)] += max(tokens - known.get(tenant, 0), 0)
         self._lives[frame.replica_id, frame.epoch] = dict(frame.served)
 
     def ended(self, replica_id: str, epoch: int) -> None:

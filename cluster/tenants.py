@@ -13,6 +13,25 @@ from ..worker.protocol import BadRequest, Overloaded
 from .messages import AdmitRequest
 
 KEPT_TENANTS = 1024  # states of tenants without an entry of their own, before the idle ones among them are forgotten
+BOUNDS = ("requests_per_s", "tokens_per_min", "max_concurrent", "max_pages")
+
+
+class CountedTenants:
+    """The names under which tenants are counted: the first `most` their own, all others together."""
+
+    def __init__(self, most: int = KEPT_TENANTS) -> None:
+        self._most = most
+        self._names: set[str] = set()
+
+    def name(self, tenant: str) -> str:
+        """Its own, or `others`."""
+        if len(self._names) < self._most:
+            self._names.add(tenant)
+        return tenant if tenant in self._names else "others"
+
+
+class RateLimited(Overloaded):
+    """The tenant sends faster than it may, whatever the cluster has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +58,16 @@ class TenantLimits:
     max_pages: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("weight", "requests_per_s", "tokens_per_min", "max_concurrent", "max_pages"):
+        for field in ("weight", *BOUNDS):
             value = getattr(self, field)
             # Infinities and NaN fail the comparison.
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"tenant {self.name!r}: {field} must be a positive number, not {value!r}")
+
+    def bounds(self) -> tuple[tuple[str, float], ...]:
+        """(field, value) of every bound that there is."""
+        values = [(field, getattr(self, field)) for field in BOUNDS]
+        return tuple((field, value) for field, value in values if value is not None)
 
 
 class TokenBucket:
@@ -124,9 +148,9 @@ class Tenant:
         """
         limits = self.limits
         if self._requests is not None and (wait_s := self._requests.wait_s(1, now_s)):
-            raise Overloaded(f"{self._who()} may send {limits.requests_per_s:g} requests a second", wait_s)
+            raise RateLimited(f"{self._who()} may send {limits.requests_per_s:g} requests a second", wait_s)
         if self._tokens is not None and (wait_s := self._tokens.wait_s(request.prompt_tokens, now_s)):
-            raise Overloaded(f"{self._who()} may use {limits.tokens_per_min:g} tokens a minute", wait_s)
+            raise RateLimited(f"{self._who()} may use {limits.tokens_per_min:g} tokens a minute", wait_s)
 
     def take_rates(self, request: AdmitRequest, now_s: float) -> None:
         """The request has been let in."""
@@ -187,8 +211,8 @@ class TenantTable:
         return self.limits(name).weight
 
     def names(self) -> list[str]:
-        """The tenants that have a state: all that use anything, and lately idle ones."""
-        return list(self._tenants)
+        """The tenants that have an entry of their own, and those that use anything or did lately."""
+        return sorted({name for name in self._limits if name} | self._tenants.keys())
 
     def tenant(self, name: str, now_s: float) -> Tenant:
         """The state of `name`."""

@@ -92,7 +92,8 @@ class IngressActor:
             phases = await edge.opened()
             begun_s = time.monotonic()
             info = await edge.client.info()
-            self._app = create_app(edge.client, edge.tokenizer, info, self._options.server, self._options.engine.limits)
+            server, limits = self._options.server, self._options.engine.limits
+            self._app = create_app(edge.client, edge.tokenizer, info, server, limits, self._ingress_id)
             edge.latencies = self._app.state.api.latencies
             config = server_config(self._app, self._options.server)
             config.timeout_graceful_shutdown = int(STOP_TIMEOUT_S)

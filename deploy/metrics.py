@@ -1,7 +1,8 @@
 """Prometheus metrics of one ingress: what it measures itself, and what replicas report in their heartbeats.
 
-Every name here stands in docs/metrics.md. Labels come from fixed sets (replica ids, page states, actions, routes, status
-codes), never from requests.
+Every name here stands in docs/metrics.md. Labels come from fixed sets (ingress and replica ids, page states, actions, routes, status
+codes, tenants by their keys), never from requests. What an ingress measures carries its id, since ingresses share a port and a scrape
+reaches any of them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..cluster.client import RecoveryStats
+from ..cluster.tenants import CountedTenants
 from ..worker.protocol import EngineStats
 
 WINDOW_S = 30.0
@@ -83,24 +85,43 @@ class Metrics:
         ttft, tpot: what they were lately, for the autoscaler.
     """
 
-    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]], recovery: Callable[[], RecoveryStats] = RecoveryStats) -> None:
+    def __init__(
+        self, stats: Callable[[], Mapping[str, EngineStats]], recovery: Callable[[], RecoveryStats] = RecoveryStats, ingress: str = ""
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside every histogram, of no use to anybody
         self.ttft, self.tpot = Lately(), Lately()
         self._registry = CollectorRegistry()
-        self._http: dict[tuple[str, int], int] = {}
-        self._ttft = Histogram("quire_ttft_seconds", "Request received to first output.", buckets=_TTFT_S, registry=self._registry)
-        self._tpot = Histogram("quire_tpot_seconds", "Time per output token after the first.", buckets=_TPOT_S, registry=self._registry)
-        self._admission = Histogram(
-            "quire_admission_seconds", "Request received to a place for it on a replica.", buckets=_ADMISSION_S, registry=self._registry
+        self._ingress = ingress
+        self._tenants = CountedTenants()
+        self._http = self._counter("quire_http_requests", "HTTP requests answered.", "route", "status")
+        self._ttft = self._histogram("quire_ttft_seconds", "Request received to first output.", _TTFT_S)
+        self._tpot = self._histogram("quire_tpot_seconds", "Time per output token after the first.", _TPOT_S)
+        self._admission = self._histogram("quire_admission_seconds", "Request received to a place for it on a replica.", _ADMISSION_S)
+        self._e2e = self._histogram("quire_e2e_seconds", "Request received to its end.", _E2E_S)
+        self._requests = self._counter("quire_tenant_requests", "A tenant's generation requests that have ended.", "tenant", "status")
+        self._prompt = self._counter("quire_tenant_prompt_tokens", "Prompt tokens of those that a replica took.", "tenant")
+        self._cached = self._counter("quire_tenant_cached_tokens", "Of these, tokens found in the prefix cache.", "tenant")
+        self._tenant_ttft = Summary(
+            "quire_tenant_ttft_seconds", "Request received to first output.", ["ingress", "tenant"], registry=self._registry
         )
-        self._e2e = Histogram("quire_e2e_seconds", "Request received to its end.", buckets=_E2E_S, registry=self._registry)
         self._registry.register(_EngineCollector(stats))
-        self._registry.register(_RecoveryCollector(recovery))
-        self._registry.register(_HttpCollector(self._http))
+        self._registry.register(_RecoveryCollector(recovery, ingress))
 
     def count_request(self, route: str, status: int) -> None:
         """One HTTP request was answered."""
-        self._http[route, status] = self._http.get((route, status), 0) + 1
+        self._http.labels(self._ingress, route, status).inc()
+
+    def count_generation(self, tenant: str, status: int) -> None:
+        """One generation request has ended, whatever came of it."""
+        self._requests.labels(self._ingress, self._tenants.name(tenant), status).inc()
+
+    def count_prompt(self, tenant: str, prompt_tokens: int, cached_tokens: int, ttft_s: float | None) -> None:
+        """The same of one that a replica took."""
+        labels = self._ingress, self._tenants.name(tenant)
+        self._prompt.labels(*labels).inc(prompt_tokens)
+        self._cached.labels(*labels).inc(cached_tokens)
+        if ttft_s is not None:
+            self._tenant_ttft.labels(*labels).observe(ttft_s)
 
     def generation(self, started_s: float) -> GenerationClock:
         """A clock for a request that was received at `started_s` (time.perf_counter)."""
@@ -109,6 +130,12 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ["ingress", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, ["ingress"], buckets=buckets, registry=self._registry).labels(self._ingress)
 
 
 class Latencies(NamedTuple):
@@ -192,21 +219,13 @@ class _EngineCollector(Collector):
 class _RecoveryCollector(Collector):
     """What deaths have cost the streams of this ingress."""
 
-    def __init__(self, recovery: Callable[[], RecoveryStats]) -> None:
+    def __init__(self, recovery: Callable[[], RecoveryStats], ingress: str) -> None:
         self._recovery = recovery
+        self._ingress = ingress
 
     def collect(self) -> Iterator[Metric]:
         stats = self._recovery()
         for name, (text, field) in _RECOVERY.items():
-            yield CounterMetricFamily(name, text, value=getattr(stats, field))
-
-
-class _HttpCollector(Collector):
-    def __init__(self, counts: Mapping[tuple[str, int], int]) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily("quire_http_requests", "HTTP requests answered.", labels=["route", "status"])
-        for (route, status), count in sorted(self._counts.items()):
-            family.add_metric([route, str(status)], count)
-        yield family
+            counter = CounterMetricFamily(name, text, labels=["ingress"])
+            counter.add_metric([self._ingress], getattr(stats, field))
+            yield counter

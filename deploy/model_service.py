@@ -83,7 +83,7 @@ class ModelService:
             raise CannotServe(self.hopeless)
         opening.result()
         info = await edge.client.info()
-        app = create_app(edge.client, edge.tokenizer, info, options.server, options.engine.limits)
+        app = create_app(edge.client, edge.tokenizer, info, options.server, options.engine.limits, self._ingress_id)
         edge.latencies = app.state.api.latencies
         await self._stack.enter_async_context(app.router.lifespan_context(app))
         self._app = app

@@ -101,7 +101,7 @@ class ControllerActor:
                 self._scheduler.offer(request, now_s)
                 self._dispatch()
         except QuireError as error:
-            self._tally.refused(error)
+            self._tally.refused(request.tenant, error)
             self._admissions.withdraw(request.request_id)
             return reply_to(error)
         found = self._admissions.fetch(*key)
@@ -175,6 +175,7 @@ class ControllerActor:
         figures = replace(
             self._tally.figures(len(waiting), self._scheduler.queued_tokens()),
             migrations=moved.counts(),
+            migrations_under_way=len(moved.under_way),
             migrated_pages=moved.total.pages,
             migrated_bytes=moved.total.bytes,
             downtime_s=moved.total.downtime_ms / 1000,
@@ -185,6 +186,7 @@ class ControllerActor:
             "ingresses": [(name, pid) for name, (pid, _) in sorted(self._ingresses.items())],
             "replicas": [_replica_row(r) for r in self._table.replicas()],
             "requests": [row for rows in live for row in rows] + queued,
+            "tenants": [(t.name, t.weight, t.waiting, t.running, t.pages, t.bounds) for t in self._scheduler.tenants()],
             "figures": asdict(figures),
             "scale": asdict(self._scaler.figures()),
         }
@@ -356,7 +358,7 @@ class ControllerActor:
             if isinstance(outcome, Route):
                 reply: Reply = ("route", *outcome)
             else:
-                self._tally.refused(outcome)
+                self._tally.refused(self._admissions.tenant(decision.request_id), outcome)
                 reply = reply_to(outcome)
             self._admissions.decide(decision.request_id, decision.attempt, reply)
             self._wake(decision.request_id, decision.attempt)

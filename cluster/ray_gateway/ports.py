@@ -24,6 +24,7 @@ from ..admin import (
     ReplicaRow,
     RequestRow,
     ScaleFigures,
+    TenantRow,
     UnknownReplica,
     UnknownRequest,
 )
@@ -90,6 +91,7 @@ class AdminPort:
             tuple(IngressStatus(*row) for row in raw["ingresses"]),
             tuple(_replica_row(*row) for row in raw["replicas"]),
             tuple(RequestRow(*row) for row in raw["requests"]),
+            tuple(TenantRow(*row) for row in raw["tenants"]),
             Figures(**raw["figures"]),
             ScaleFigures(**raw["scale"]),
         )

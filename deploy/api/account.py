@@ -1,4 +1,5 @@
-"""What is written down of one generation request when it has ended: a line in the log, and a span where traces are kept."""
+"""What is written down of one generation request when it has ended: a line in the log, its tenant's figures, and a span where traces
+are kept."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from ...worker.logs import about
 from ...worker.protocol import QuireError, SamplingParams
 from ...worker.tracing import Tracing
+from ..metrics import Metrics
 from .errors import ApiError, as_api_error
 from .generation import Generation
 
@@ -31,8 +33,9 @@ class Called(NamedTuple):
 class Account:
     """Entered when the request has been read, left when its last byte has gone. Lines logged between carry its id."""
 
-    def __init__(self, called: Called, tracing: Tracing | None) -> None:
+    def __init__(self, called: Called, metrics: Metrics, tracing: Tracing | None) -> None:
         self._called = called
+        self._metrics = metrics
         self._tracing = tracing
         self._began_s, self._began_ns = time.perf_counter(), time.time_ns()
         self._error: ApiError | None = None
@@ -62,6 +65,7 @@ class Account:
             self._error = ApiError(500, kind.__name__ if kind else "")
         status = self._error.status if self._error is not None else 200
         self._log(status)
+        self._count(status)
         waited_s = self.generation.waited_s if self.generation is not None else None
         if self._tracing is not None and self.generation is not None:
             admitted_ns = time.time_ns() if waited_s is None else self._began_ns + int(waited_s * 1e9)
@@ -86,6 +90,13 @@ class Account:
             }
         why = f": {self._error.message}" if self._error is not None else ""
         log.log(level, "POST %s%s", self._called.route, why, extra=extra)
+
+    def _count(self, status: int) -> None:
+        tenant = self._called.tenant
+        self._metrics.count_generation(tenant, status)
+        if self.generation is not None:
+            usage = self.generation.usage
+            self._metrics.count_prompt(tenant, usage.prompt_tokens, usage.cached_tokens, self.generation.ttft_s)
 
     def _end_span(self, status: int) -> None:
         called, generation = self._called, self.generation

@@ -70,7 +70,7 @@ async def answer(request: Request, asked: Asked, reply: Reply) -> Response:
 def _account(api: Api, request: Request, asked: Asked) -> Account:
     route, tenant = request.scope["route"].path, request.scope["state"]["tenant"]
     traceparent = request.headers.get("traceparent", "")
-    return Account(Called(asked.request_id, tenant, route, api.info.name, asked.params, traceparent), api.tracing)
+    return Account(Called(asked.request_id, tenant, route, api.info.name, asked.params, traceparent), api.metrics, api.tracing)
 
 
 async def _submit(api: Api, request: Request, asked: Asked, account: Account) -> Generation:

@@ -24,8 +24,10 @@ from .edge_text import EdgeText
 from .middleware import BodyLimit, CountRequests, StrictRequest
 
 
-def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, options: ServerOptions, limits: LimitOptions) -> FastAPI:
-    """The OpenAI API over `client`.
+def create_app(
+    client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, options: ServerOptions, limits: LimitOptions, ingress_id: str
+) -> FastAPI:
+    """The OpenAI API over `client`. `ingress_id` tells its metrics from those of other ingresses.
 
     `app.state.api` is the `Api`; `app.state.lifecycle` drains it. There are no documentation routes: they would need
     scripts from elsewhere, and a key.
@@ -41,7 +43,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, info: ModelInfo, opti
         text=EdgeText(tokenizer, info.max_model_len),
         options=options,
         limits=limits,
-        metrics=Metrics(client.stats, client.recovery),
+        metrics=Metrics(client.stats, client.recovery, ingress_id),
         fingerprint="fp_" + hashlib.sha256(repr(info).encode()).hexdigest()[:12],
         tracing=tracing,
     )

@@ -48,9 +48,9 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus text."""
+    """Prometheus text. The connection ends, so that the next scrape may reach another ingress of the same port."""
     api: Api = request.app.state.api
-    return Response(api.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(api.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST, "Connection": "close"})
 
 
 def _model(api: Api) -> dict[str, Any]:

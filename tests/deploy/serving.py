@@ -201,7 +201,7 @@ class ServerThread:
         self._loop = asyncio.get_running_loop()
         self.client = LoopClient(self.engine_loop, info)
         self.client.connect()
-        self.app = create_app(self.client, tokenizer, info, options, limits)
+        self.app = create_app(self.client, tokenizer, info, options, limits, "ingress-0")
         outer = self
 
         class Server(uvicorn.Server):

@@ -47,7 +47,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(scripted: ServerThr
     script.permits.release(2)
     is_clean(scripted)
     counts = httpx.get(scripted.url + "/metrics").text
-    assert 'quire_http_requests_total{route="/v1/completions",status="499"}' in counts
+    assert 'quire_http_requests_total{ingress="ingress-0",route="/v1/completions",status="499"}' in counts
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_pages_in_two_steps(scripted: ServerThread, script: ScriptRunner) -> None:

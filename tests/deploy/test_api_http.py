@@ -196,7 +196,7 @@ def test_metrics_count_routes(scripted: ServerThread) -> None:
     httpx.get(scripted.url + "/live")
     httpx.get(scripted.url + "/some/path/of/a/scanner")
     text = httpx.get(scripted.url + "/metrics").text
-    assert 'quire_http_requests_total{route="/live",status="200"}' in text
+    assert 'quire_http_requests_total{ingress="ingress-0",route="/live",status="200"}' in text
     assert 'route="other",status="404"' in text
     assert "scanner" not in text
     assert 'quire_pages{replica="r0",state="free",tier="device"}' in text

@@ -1,60 +1,19 @@
-"""Metrics: the names that docs/metrics.md promises, and nothing else; values and labels from where they should come."""
-
-import re
-from pathlib import Path
+"""Metrics of an ingress: values and labels from where they should come."""
 
 import pytest
+from exported_metrics import STATS
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.cluster.client import RecoveryStats
+from quire.cluster.tenants import CountedTenants
 from quire.deploy.metrics import WINDOW_S, Metrics
-from quire.worker.protocol import EngineStats
 
-STATS = EngineStats(
-    steps=1,
-    running=2,
-    waiting=3,
-    pages_total=26,
-    pages_free=5,
-    pages_cached=6,
-    pages_active=7,
-    pages_reserved=8,
-    prompt_tokens=9,
-    output_tokens=10,
-    prefix_query_tokens=11,
-    prefix_hit_tokens=12,
-    recomputed_tokens=13,
-    preemptions={"recompute": 14},
-    step_seconds=1.5,
-    host_pages_free=15,
-    host_pages_cached=16,
-    host_pages_active=17,
-    host_hit_tokens=18,
-    moved_bytes={"out": 19},
-    stall_seconds=2.5,
-    predicted_seconds={"swap": 3.5},
-    actual_seconds={"swap": 4.5},
-    disk_pages=27,
-)
+INGRESS = frozenset({("ingress", "")})
 
 
 def exported(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     families = text_string_to_metric_families(metrics.exposition().decode())
     return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
-
-
-def test_docs_list_exactly_what_is_exported(root: Path) -> None:
-    metrics = Metrics(lambda: {"r0": STATS})
-    metrics.count_request("/live", 200)
-    text = metrics.exposition().decode()
-    types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    of_an_ingress = (root / "docs/metrics.md").read_text().partition("## Measured by the controller")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*)\|", of_an_ingress, re.MULTILINE)
-    assert {name: kind for name, kind, _ in rows} == types
-    labels = {name: set(re.findall(r"`(\w+)`", listed)) for name, _, listed in rows}
-    for name, pairs in exported(metrics):
-        family = re.sub(r"_(bucket|count|sum)$", "", name) if name not in types else name
-        assert {label for label, _ in pairs} - {"le"} == labels[family], name
 
 
 def test_replicas_are_told_apart() -> None:
@@ -95,10 +54,32 @@ def test_latencies_of_a_request_with_two_choices() -> None:
     clock.ended(1, tokens=1)  # a single token has no time between tokens
     clock.all_ended()
     values = exported(metrics)
-    counts = {name: values[f"quire_{name}_seconds_count", frozenset()] for name in ("admission", "ttft", "tpot", "e2e")}
+    counts = {name: values[f"quire_{name}_seconds_count", INGRESS] for name in ("admission", "ttft", "tpot", "e2e")}
     assert counts == {"admission": 1, "ttft": 1, "tpot": 1, "e2e": 1}
-    assert values["quire_admission_seconds_sum", frozenset()] == 0.5
-    assert values["quire_ttft_seconds_sum", frozenset()] <= values["quire_e2e_seconds_sum", frozenset()]
+    assert values["quire_admission_seconds_sum", INGRESS] == 0.5
+    assert values["quire_ttft_seconds_sum", INGRESS] <= values["quire_e2e_seconds_sum", INGRESS]
+
+
+def test_tenants_are_told_apart() -> None:
+    metrics = Metrics(dict, ingress="ingress-1")
+    metrics.count_generation("search", 200)
+    metrics.count_prompt("search", 30, 10, 0.5)
+    metrics.count_generation("batch", 429)
+    values = exported(metrics)
+    search = frozenset({("ingress", "ingress-1"), ("tenant", "search")})
+    assert values["quire_tenant_requests_total", search | {("status", "200")}] == 1
+    assert values["quire_tenant_requests_total", frozenset({("ingress", "ingress-1"), ("tenant", "batch"), ("status", "429")})] == 1
+    assert (values["quire_tenant_prompt_tokens_total", search], values["quire_tenant_cached_tokens_total", search]) == (30, 10)
+    assert (values["quire_tenant_ttft_seconds_sum", search], values["quire_tenant_ttft_seconds_count", search]) == (0.5, 1)
+
+
+def test_tenants_beyond_the_first_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.deploy.metrics.CountedTenants", lambda: CountedTenants(2))
+    metrics = Metrics(dict)
+    for tenant in ("a", "b", "c", "d", "a"):
+        metrics.count_generation(tenant, 200)
+    counted = {dict(labels)["tenant"]: n for (name, labels), n in exported(metrics).items() if name == "quire_tenant_requests_total"}
+    assert counted == {"a": 2, "b": 1, "others": 2}
 
 
 def test_what_latencies_were_lately(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +99,7 @@ def test_what_latencies_were_lately(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_deaths_have_cost() -> None:
     values = exported(Metrics(dict, lambda: RecoveryStats(lost=3, resumed=2, replayed_tokens=100, pause_s=1.5)))
     expected = {"streams_lost": 3, "streams_resumed": 2, "replayed_tokens": 100, "pause_seconds": 1.5}
-    assert {name: values[f"quire_{name}_total", frozenset()] for name in expected} == expected
+    assert {name: values[f"quire_{name}_total", INGRESS] for name in expected} == expected
 
 
 def test_requests_are_counted_by_route_and_status() -> None:
@@ -127,5 +108,5 @@ def test_requests_are_counted_by_route_and_status() -> None:
     metrics.count_request("/v1/models", 200)
     metrics.count_request("other", 404)
     values = exported(metrics)
-    assert values["quire_http_requests_total", frozenset({("route", "/v1/models"), ("status", "200")})] == 2
-    assert values["quire_http_requests_total", frozenset({("route", "other"), ("status", "404")})] == 1
+    assert values["quire_http_requests_total", frozenset({("ingress", ""), ("route", "/v1/models"), ("status", "200")})] == 2
+    assert values["quire_http_requests_total", frozenset({("ingress", ""), ("route", "other"), ("status", "404")})] == 1
