@@ -1,6 +1,6 @@
-"""Writes what follows from other files: README.md's table of values, and the options of Quire in values.schema.json.
+"""Writes what follows from other files: README.md's table of values, the options of Quire in values.schema.json, Grafana's dashboards.
 
-    python helm/generate.py            writes both
+    python helm/generate.py            writes all
     python helm/generate.py --check    says whether they are current (exit status 1 when not)
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from grafana import dashboard
 
 from quire.deploy.options import options
 from quire.worker.config import ServerOptions
@@ -88,14 +89,25 @@ def _type(option: Option) -> dict[str, Any]:
     return {"type": {bool: "boolean", int: "integer", float: "number"}.get(option.type, "string")}
 
 
+def files() -> dict[str, str]:
+    """Name -> what is to be in it."""
+    sources = sorted((CHART / "dashboards").glob("*.yaml"))
+    dashboards = {f"dashboards/{path.stem}.json": dashboard(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in sources}
+    return {"README.md": readme(), "values.schema.json": schema(), **dashboards}
+
+
 def main(check: bool) -> int:
-    stale = [name for name, text in (("README.md", readme()), ("values.schema.json", schema())) if (CHART / name).read_text() != text]
-    if check:
-        sys.stdout.write("".join(f"helm/{name} is not current: run `python helm/generate.py`\n" for name in stale))
-        return 1 if stale else 0
-    (CHART / "values.schema.json").write_text(schema(), encoding="utf-8")
-    (CHART / "README.md").write_text(readme(), encoding="utf-8")
-    return 0
+    stale = {name: text for name, text in files().items() if not _is(CHART / name, text)}
+    for name, text in stale.items():
+        if check:
+            sys.stdout.write(f"helm/{name} is not current: run `python helm/generate.py`\n")
+        else:
+            (CHART / name).write_text(text, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+def _is(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 if __name__ == "__main__":
