@@ -31,6 +31,10 @@ template:
           - {name: client, containerPort: 10001}
           - {name: metrics, containerPort: 8080}
           - {name: serve, containerPort: {{ $root.Values.serve.port }}}
+          # Of the containers beside it: KubeRay's Service of the head has the ports of this one only.
+          {{- range index . 1 }}
+          - {name: admin-{{ sub .adminPort $root.Values.admin.port }}, containerPort: {{ .adminPort }}}
+          {{- end }}
         {{- with (include "quire.env" (list $root $head.env)) }}
         env:
           {{- . | nindent 10 }}
@@ -49,8 +53,6 @@ template:
           - --namespace={{ include "quire.namespace" . }}
           - --admin-host=0.0.0.0
           - --admin-port={{ .adminPort }}
-        ports:
-          - {name: admin-{{ sub .adminPort $root.Values.admin.port }}, containerPort: {{ .adminPort }}}
         env:
           {{- include "quire.adminTokenEnv" $root | nindent 10 }}
           {{- if eq $root.Values.rayAuth.mode "token" }}

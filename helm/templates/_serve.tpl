@@ -39,6 +39,9 @@ applications:
         max_replicas_per_node: 1
         ray_actor_options:
           num_cpus: {{ ternary 0 0.5 $headServes }}
+          {{- if $headServes }}
+          resources: {"node:__internal_head__": 0.001} # not on a worker that goes when nobody asks
+          {{- end }}
         user_config:
           models:
             {{- range (include "quire.models" . | fromJson).models }}

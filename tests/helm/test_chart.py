@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -140,6 +142,22 @@ def test_ports_agree(release: Release):
     assert {opened["port"] for rule in rules for opened in rule.get("ports", ())} <= set().union(*names.values())
 
 
+def test_the_service_that_kuberay_makes_of_the_head_has_the_admin_ports(release: Release):
+    # It lists what the first container declares: `kubectl port-forward service/...-head-svc` and the drain hook go through it.
+    first, *beside = release.head["spec"]["containers"]
+    listed = {found["name"]: str(found["containerPort"]) for found in first["ports"]}
+    told = [argument.partition("=")[2] for container in beside for argument in container["args"] if argument.startswith("--admin-port=")]
+    assert [listed.get(f"admin-{index}") for index in range(len(release.groups))] == told
+    assert not any("ports" in container for container in beside)
+
+
+def test_only_pods_that_have_a_server_are_asked_for_its_metrics():
+    (monitor,) = Release(template(values=EVERYTHING)).of("PodMonitor")
+    for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+        keeps = [rule["sourceLabels"] for rule in endpoint.get("relabelings", ()) if rule.get("action") == "keep"]
+        assert keeps == ([["__meta_kubernetes_pod_ready"]] if endpoint["port"] == "serve" else [])
+
+
 def test_routes_lead_to_the_service_that_kuberay_makes(release: Release):
     (service,) = release.of("RayService")
     wanted = f"{service['metadata']['name']}-serve-svc"
@@ -262,6 +280,7 @@ def test_ray_serve_takes_its_configuration(release: Release):
     assert deployment.num_replicas == max(1, sum(group["minReplicas"] for group in release.groups))
     on_the_head = deployment.ray_actor_options.num_cpus == 0  # where Ray has no CPUs to give
     assert on_the_head is not release.ray["excludeHeadPodFromServeSvc"]
+    assert ("node:__internal_head__" in (deployment.ray_actor_options.resources or {})) is on_the_head
 
 
 def test_the_applications_arguments_are_models_that_quire_takes(release: Release):
@@ -311,6 +330,26 @@ def test_gpus_follow_the_ranks():
     assert two["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     cpu = Release(template(values={"models[0]": {"name": "a", "device": "cpu"}}))
     assert set(cpu.groups[0]["template"]["spec"]["containers"][0]["resources"]["limits"]) == {"cpu", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "get secret test-quire-api-keys"),
+        ({"apiKeys.existingSecret": "mine"}, "a tenant in the Secret mine"),
+        ({"apiKeys.tenants": [{"name": "a", "keys": ["k" * 20]}]}, "a tenant in `apiKeys.tenants`"),
+        ({"apiKeys.allowAnonymous": True}, "WARNING: apiKeys.allowAnonymous is on"),
+    ],
+)
+def test_the_notes_say_where_a_key_comes_from(values: Object, says: str, tmp_path: Path):
+    # Helm shows notes only of what it installs, so here they are a template like the others.
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    (chart / "templates" / "NOTES.txt").rename(chart / "NOTES.txt")
+    (chart / "templates" / "notes.yaml").write_text('notes: |\n  {{- tpl (.Files.Get "NOTES.txt") . | nindent 2 }}\n')
+    sets = [word for name, value in values.items() for word in ("--set-json", f"{name}={json.dumps(value)}")]
+    notes = yaml.safe_load(helm("template", "test", str(chart), "-n", "llm", "-s", "templates/notes.yaml", *sets))["notes"]
+    assert says in notes
+    assert "service/test-quire-head-svc 8001" in notes
 
 
 def test_extra_objects_are_templates():
