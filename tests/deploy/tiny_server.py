@@ -62,10 +62,8 @@ class Serve:
         self.below: list[Process] = []
 
     def _read(self) -> None:
-        if (stdout := self.process.stdout) is not None:
-            with stdout:
-                for line in stdout:
-                    self._lines.put(line)
+        for line in self.process.stdout or ():
+            self._lines.put(line)
         self._lines.put("")
 
     def wait_ready(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from chart import template
 from exported_metrics import of_an_ingress, of_the_controller, series
-from eyes import Query, alert_queries, alerts, dashboard_queries, dashboards, panels, with_all
+from eyes import RULES, Query, alert_queries, alerts, dashboard_queries, dashboards, panels, with_all
 from image import ROOT
 from promql import Selector, grouped, selectors
 
@@ -126,6 +128,15 @@ def test_alerts_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)) >= 15
 
 
+def test_the_chart_installs_them_as_they_are() -> None:
+    objects = template(values={"monitoring.prometheusRule.enabled": True, "monitoring.dashboards.enabled": True})
+    (rule,) = (found for found in objects if found["kind"] == "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    maps = [found for found in objects if found["kind"] == "ConfigMap" and found["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    installed = {name: json.loads(text) for found in maps for name, text in found["data"].items()}
+    assert installed == {f"{name}.json": dashboard for name, dashboard in dashboards().items()}
+
+
 def promtool(*words: str) -> str:
     done = subprocess.run([PROMTOOL or "", *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,7 +145,7 @@ def promtool(*words: str) -> str:
 
 @needs_promtool
 def test_promtool_reads_the_rules() -> None:
-    assert f"{len([*alerts()])} rules found" in promtool("check", "rules", str(ROOT / "helm/rules/quire.yaml"))
+    assert f"{len([*alerts()])} rules found" in promtool("check", "rules", str(RULES))
 
 
 @needs_promtool
