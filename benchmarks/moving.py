@@ -19,7 +19,7 @@ from load_calls import percentile
 from recovery import Server, Stream, run_stream
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TOKENS = range(100, 250)  # special in no model that is likely here
+TOKENS = range(300, 4000)  # pieces of words: what follows is text, of which nothing is held back until a character is whole
 WAIT_S = 300.0
 
 
@@ -119,7 +119,7 @@ def report(args: argparse.Namespace, goals: list[dict[str, Any]], figures: Mappi
     """Prints each goal beside its figure and writes the JSON; the exit status."""
     for line in goals:
         print(f"{'met' if line['met'] else 'missed':<8}{line['what']}: {line['found']} (goal: {line['goal']})")
-    about = {k: str(v) for k, v in vars(args).items() if k != "json"} | {"cpus": os.cpu_count()}
+    about = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items() if k != "json"} | {"cpus": os.cpu_count()}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"arguments": about, "goals": goals, **figures}, indent=1)
     args.json.write_text(text.replace("NaN", "null") + "\n")  # JSON knows no nan
