@@ -79,7 +79,7 @@ def live(args: argparse.Namespace, engine: list[object], speedups: dict[str, flo
             quire("bench", "--url", url, "--num-requests", 8, "--input-tokens", 64, "--output-tokens", 8, "--concurrency", 4)  # warm up
             for seed, (name, speedup) in enumerate(speedups.items()):
                 print(f"live, {name}: the trace {speedup:.2f} times as fast", file=sys.stderr)
-                prompts = ["--vocab-size", 10_000, "--seed", seed]  # of the trace's lengths; what a load before has left in the cache is no use
+                prompts = ["--vocab-size", 10_000, "--seed", seed]  # not those that a load before has left in the cache
                 quire("bench", "--url", url, *lengths(args), *prompts, "--speedup", speedup, "--json", out)
                 found[name] = json.loads(out.read_text())["summary"]
         finally:
