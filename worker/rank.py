@@ -96,7 +96,7 @@ class RankActor:
             return
         self._memory = runner.memory_bytes()
         follower = Follower(group, runner)
-        Watchdog(limit_s, follower.step_s, self._end)
+        watchdog = Watchdog(limit_s, follower.step_s, self._end)
         try:
             follower.follow()
         except BaseException as error:
@@ -104,6 +104,8 @@ class RankActor:
             self._end(repr(error))
         else:
             self._die(0)
+        finally:  # or it would keep the group and its connections
+            watchdog.close()
 
     def _build(self, limit_s: float) -> tuple[RankGroup, FollowerRunner]:
         from .backend import device_of  # here, so that the actor answers before torch is imported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -198,22 +198,28 @@ def test_top_goes_on_into_a_pipe_until_nobody_reads(admin: Admin) -> None:
 def test_top_in_a_terminal_leaves_it_as_it_was(admin: Admin, leave: str) -> None:
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(ours)
-    with subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top, ExitStack() as end:
+    selector = selectors.DefaultSelector()  # `select` knows only the first 1,024 descriptors of a process
+    selector.register(ours, selectors.EVENT_READ)
+    with (
+        selector,
+        subprocess.Popen(command(admin), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as top,
+        ExitStack() as end,
+    ):
         os.close(theirs)
         end.callback(top.kill)  # nobody reads its output after a failure
         seen, deadline_s = b"", time.monotonic() + 60
         while seen.count(b"\x1b[H") < 2:
             assert time.monotonic() < deadline_s, seen
-            seen += os.read(ours, 65536) if select.select([ours], [], [], 1)[0] else b""
+            seen += os.read(ours, 65536) if selector.select(1) else b""
         assert termios.tcgetattr(ours) != before  # keys come without Enter
         if leave == "q":
             os.write(ours, b"q")
         else:
             top.send_signal(signal.SIGINT)
-        while top.poll() is None or select.select([ours], [], [], 0)[0]:
+        while top.poll() is None or selector.select(0):
             assert time.monotonic() < deadline_s, seen
             try:
-                seen += os.read(ours, 65536) if select.select([ours], [], [], 0.1)[0] else b""
+                seen += os.read(ours, 65536) if selector.select(0.1) else b""
             except OSError:  # the other end is closed
                 break
         assert top.wait(60) == 0

@@ -62,8 +62,10 @@ class Serve:
         self.below: list[Process] = []
 
     def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self._lines.put(line)
+        if (stdout := self.process.stdout) is not None:
+            with stdout:
+                for line in stdout:
+                    self._lines.put(line)
         self._lines.put("")
 
     def wait_ready(self) -> None:

@@ -63,7 +63,11 @@ def ranks(options: EngineOptions) -> Iterator[Ranks]:
     """An engine of `options.parallel.tp` ranks in this process, the followers as threads."""
     tp = options.parallel.tp
     if tp == 1:
-        yield Ranks(build_engine(options, KEY, host=LOOPBACK), [])
+        engine = build_engine(options, KEY, host=LOOPBACK)
+        try:
+            yield Ranks(engine, [])
+        finally:
+            engine.runner.close()
         return
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
     broken: list[str] = []
@@ -71,7 +75,11 @@ def ranks(options: EngineOptions) -> Iterator[Ranks]:
     address = address_of(listener)
     followers = [RankActor(r, tp, address, options, die=lambda code, r=r: ended.put((r, code))) for r in range(1, tp)]
     group = lead(listener, tp, options.parallel.step_timeout_s, broken.append, torch.device("cpu"))
-    engine = build_engine(options, KEY, group=group)
+    try:
+        engine = build_engine(options, KEY, group=group)
+    except BaseException:
+        group.close()  # ends every rank's pulse, which would keep the connections
+        raise
     try:
         yield Ranks(engine, followers, ended)
     finally:
