@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ from serving import ScriptRunner, ServerThread, script_engine
 from quire.worker.config import CacheOptions, EngineOptions, LimitOptions, ModelOptions, SchedulerOptions, ServerOptions
 from quire.worker.text.source import resolve_model
 from quire.worker.text.tokenizer import Tokenizer, load_tokenizer
+
+# httpx reads all the world's certificates for every client that it makes: longer than a request takes. Nothing here speaks TLS.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import ScriptRunner, ServerThread
+from serving import WAIT_S, ScriptRunner, ServerThread
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 MANY = 10_000
@@ -89,14 +89,14 @@ def label(case: object) -> str | None:
 
 
 def refused(server: ServerThread, route: str, body: dict[str, Any], param: str) -> None:
-    answer = httpx.post(server.url + route, json=body)
+    answer = httpx.post(server.url + route, json=body, timeout=WAIT_S)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == param
     assert param.partition(".")[0] in error["message"]
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 500
-    ok = httpx.post(server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    ok = httpx.post(server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=WAIT_S)
     assert ok.status_code == 200
     assert server.api.lifecycle.running == 0
 
@@ -119,12 +119,12 @@ def test_an_unknown_model_is_a_404(scripted: ServerThread) -> None:
         ("/v1/completions", {"prompt": "a"}),
         ("/tokenize", {"prompt": "a"}),
     ):
-        answer = httpx.post(scripted.url + route, json={**body, "model": "gpt"})
+        answer = httpx.post(scripted.url + route, json={**body, "model": "gpt"}, timeout=WAIT_S)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
 def test_a_prompt_that_is_too_long_says_so_by_code(scripted: ServerThread, script: ScriptRunner) -> None:
     for prompt in ([1] * MANY, "a " * 200_000, "a " * 6_000):
-        answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": prompt})
+        answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": prompt}, timeout=WAIT_S)
         assert answer.json()["error"]["code"] == "context_length_exceeded"

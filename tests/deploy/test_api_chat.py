@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from serving import ScriptRunner, ServerThread
+from serving import WAIT_S, ScriptRunner, ServerThread
 
 from quire.worker.text.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def says(script: ScriptRunner, tokenizer: Tokenizer) -> list[int]:
 
 def events(scripted: ServerThread, route: str, **body: Any) -> list[dict[str, Any]]:
     """The JSON of a stream's events, `[DONE]` checked and left out."""
-    with httpx.stream("POST", scripted.url + route, json={**body, "stream": True}) as response:
+    with httpx.stream("POST", scripted.url + route, json={**body, "stream": True}, timeout=WAIT_S) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
@@ -78,7 +78,7 @@ def test_chat_streamed(scripted: ServerThread, client: openai.OpenAI, says: list
 
 def test_the_id_is_also_a_header(scripted: ServerThread, says: list[int]) -> None:
     for stream in (False, True):
-        answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stream": stream})
+        answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stream": stream}, timeout=WAIT_S)
         assert answer.headers["x-request-id"].startswith("cmpl-")
         assert answer.headers["x-request-id"] in answer.text
 
@@ -96,7 +96,7 @@ def test_the_id_is_also_a_header(scripted: ServerThread, says: list[int]) -> Non
 def test_stop_strings_wherever_tokens_are_cut(scripted: ServerThread, says: list[int], tokenizer: Tokenizer, stop: Any, shown: str) -> None:
     found = next((s for s in [stop] if isinstance(s, str)), "ed, the v") if shown != TEXT else None
     body = {"prompt": "a", "stop": stop, "max_tokens": 100}
-    whole = httpx.post(scripted.url + "/v1/completions", json=body).json()
+    whole = httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()
     choice = whole["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (shown, "stop", found)
     used = next((n for n in range(len(says) + 1) if found and found in tokenizer.decode(says[:n])), len(says) + 1)
@@ -105,32 +105,34 @@ def test_stop_strings_wherever_tokens_are_cut(scripted: ServerThread, says: list
     assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == shown
     assert pieces[-2]["choices"][0]["stop_reason"] == found
     assert pieces[-1]["usage"]["completion_tokens"] == used
-    kept = httpx.post(scripted.url + "/v1/completions", json={**body, "include_stop_str_in_output": True}).json()
+    kept = httpx.post(scripted.url + "/v1/completions", json={**body, "include_stop_str_in_output": True}, timeout=WAIT_S).json()
     assert kept["choices"][0]["text"] == shown + (found or "")
 
 
 def test_a_stop_string_ends_the_sequence_at_the_engine(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
     script.script = tokenizer.encode(" never stops by itself")
-    httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stop": "itself never", "max_tokens": 4000})
+    httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stop": "itself never", "max_tokens": 4000}, timeout=WAIT_S)
     scripted.client.aborted.wait()
     scripted.client.wait_for(lambda stats: stats.running == 0 and stats.pages_active == 0)
 
 
 def test_stop_tokens(scripted: ServerThread, says: list[int], tokenizer: Tokenizer) -> None:
     body = {"prompt": "a", "stop_token_ids": [says[3]], "max_tokens": 100}
-    choice = httpx.post(scripted.url + "/v1/completions", json=body).json()["choices"][0]
+    choice = httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (tokenizer.decode(says[:3]), "stop", says[3])
-    kept = httpx.post(scripted.url + "/v1/completions", json={**body, "include_stop_str_in_output": True}).json()["choices"][0]
+    kept = httpx.post(scripted.url + "/v1/completions", json={**body, "include_stop_str_in_output": True}, timeout=WAIT_S).json()[
+        "choices"
+    ][0]
     assert kept["text"] == tokenizer.decode(says[:4])
-    on = httpx.post(scripted.url + "/v1/completions", json={**body, "min_tokens": 5}).json()["choices"][0]
+    on = httpx.post(scripted.url + "/v1/completions", json={**body, "min_tokens": 5}, timeout=WAIT_S).json()["choices"][0]
     assert on["text"] == TEXT
 
 
 def test_max_tokens(scripted: ServerThread, says: list[int], tokenizer: Tokenizer) -> None:
-    default = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}).json()
+    default = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}, timeout=WAIT_S).json()
     assert default["usage"]["completion_tokens"] == 16
     for name in ("max_tokens", "max_completion_tokens"):
-        answer = httpx.post(scripted.url + "/v1/chat/completions", json={"messages": HELLO, name: 3}).json()
+        answer = httpx.post(scripted.url + "/v1/chat/completions", json={"messages": HELLO, name: 3}, timeout=WAIT_S).json()
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["choices"][0]["message"]["content"] == tokenizer.decode(says[:3])
 
@@ -140,8 +142,8 @@ def test_special_tokens_are_shown_when_asked(scripted: ServerThread, script: Scr
     word = tokenizer.encode("word")[0]
     script.script = (word, special, word)
     body = {"prompt": "a", "max_tokens": 3}
-    assert httpx.post(scripted.url + "/v1/completions", json=body).json()["choices"][0]["text"] == "wordword"
-    shown = httpx.post(scripted.url + "/v1/completions", json={**body, "skip_special_tokens": False}).json()
+    assert httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()["choices"][0]["text"] == "wordword"
+    shown = httpx.post(scripted.url + "/v1/completions", json={**body, "skip_special_tokens": False}, timeout=WAIT_S).json()
     assert shown["choices"][0]["text"] == f"word{tokenizer.token_text(special)}word"
 
 
@@ -205,7 +207,9 @@ def test_completion_logprobs(scripted: ServerThread, client: openai.OpenAI, says
 
 
 def test_logprobs_end_where_a_stop_string_is_complete(scripted: ServerThread, says: list[int]) -> None:
-    answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stop": "rose is", "logprobs": 0, "max_tokens": 50}).json()
+    answer = httpx.post(
+        scripted.url + "/v1/completions", json={"prompt": "a", "stop": "rose is", "logprobs": 0, "max_tokens": 50}, timeout=WAIT_S
+    ).json()
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"] < len(says)
 
 
@@ -218,16 +222,18 @@ def test_echo(scripted: ServerThread, says: list[int]) -> None:
             for event in events(scripted, "/v1/completions", **body):
                 texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
         else:
-            texts = [choice["text"] for choice in httpx.post(scripted.url + "/v1/completions", json=body).json()["choices"]]
+            texts = [choice["text"] for choice in httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()["choices"]]
         assert texts == [prompt + TEXT] * 2
-    alone = httpx.post(scripted.url + "/v1/completions", json={"prompt": [1, 2, 3], "echo": True, "max_tokens": 0}).json()
-    assert alone["choices"][0]["text"] == httpx.post(scripted.url + "/detokenize", json={"tokens": [1, 2, 3]}).json()["prompt"]
+    alone = httpx.post(scripted.url + "/v1/completions", json={"prompt": [1, 2, 3], "echo": True, "max_tokens": 0}, timeout=WAIT_S).json()
+    assert (
+        alone["choices"][0]["text"] == httpx.post(scripted.url + "/detokenize", json={"tokens": [1, 2, 3]}, timeout=WAIT_S).json()["prompt"]
+    )
     assert alone["choices"][0]["finish_reason"] == "length"
     assert alone["usage"]["completion_tokens"] == 0
 
 
 def test_cached_tokens_are_told(scripted: ServerThread, says: list[int]) -> None:
     body = {"prompt": list(range(500, 600)), "max_tokens": 2}
-    first, second = (httpx.post(scripted.url + "/v1/completions", json=body).json()["usage"] for _ in range(2))
+    first, second = (httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()["usage"] for _ in range(2))
     assert first["prompt_tokens_details"] == {"cached_tokens": 0}
     assert second["prompt_tokens_details"] == {"cached_tokens": 96}

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import ScriptRunner, ServerThread, script_engine
+from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
 
 from quire.deploy.api import answer
 from quire.worker.config import LimitOptions, ServerOptions
@@ -46,13 +46,13 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(scripted: ServerThr
     scripted.client.aborted.wait()
     script.permits.release(2)
     is_clean(scripted)
-    counts = httpx.get(scripted.url + "/metrics").text
+    counts = httpx.get(scripted.url + "/metrics", timeout=WAIT_S).text
     assert 'quire_http_requests_total{ingress="ingress-0",route="/v1/completions",status="499"}' in counts
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_pages_in_two_steps(scripted: ServerThread, script: ScriptRunner) -> None:
     script.hold(steps=3)
-    with httpx.stream("POST", scripted.url + "/v1/completions", json={**LONG, "stream": True}) as response:
+    with httpx.stream("POST", scripted.url + "/v1/completions", json={**LONG, "stream": True}, timeout=WAIT_S) as response:
         assert next(response.iter_lines()).startswith("data: ")
     scripted.client.aborted.wait()
     script.permits.release(2)
@@ -74,7 +74,7 @@ def test_a_client_that_stops_reading_is_given_up(scripted: ServerThread, monkeyp
 def test_a_lost_replica_before_the_first_token_is_a_503(scripted: ServerThread, script: ScriptRunner) -> None:
     for stream in (False, True):
         script.hold()
-        with httpx.Client() as client:
+        with httpx.Client(timeout=WAIT_S) as client:
             answers: list[httpx.Response] = []
 
             def ask(client: httpx.Client = client, answers: list[httpx.Response] = answers, stream: bool = stream) -> None:
@@ -145,15 +145,15 @@ def test_draining_finishes_what_runs_refuses_what_comes_and_then_cuts_off(tokeni
     engine = script_engine(runner, tokenizer.vocab_size, 0)
     with ServerThread(engine, tokenizer, ServerOptions(port=0, log_level="warning"), LimitOptions()) as server:
         runner.hold(steps=2)
-        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}) as response:
+        with httpx.stream("POST", server.url + "/v1/completions", json={**LONG, "stream": True}, timeout=WAIT_S) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             server.api.lifecycle.draining = True
             refused = post(server, False, prompt="a")
             assert refused.status_code == 503
             assert refused.headers["retry-after"]
-            assert httpx.get(server.url + "/health").status_code == 503
-            assert httpx.get(server.url + "/live").status_code == 200
+            assert httpx.get(server.url + "/health", timeout=WAIT_S).status_code == 503
+            assert httpx.get(server.url + "/live", timeout=WAIT_S).status_code == 200
             assert server.on_loop(server.api.lifecycle.drain(0.0)) is False
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import ScriptRunner, ServerThread, script_engine
+from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
 
 from quire.deploy.api import chat, completions, http_server, info_routes, middleware, text_routes
 from quire.worker.config import LimitOptions, ServerOptions
@@ -36,23 +36,23 @@ def raw(server: ServerThread, data: bytes) -> bytes:
 
 
 def test_unknown_routes_and_methods(scripted: ServerThread) -> None:
-    unknown = httpx.get(scripted.url + "/v1/nothing")
+    unknown = httpx.get(scripted.url + "/v1/nothing", timeout=WAIT_S)
     assert unknown.status_code == 404
     assert "/v1/nothing" in error_of(unknown)["message"]
-    wrong = httpx.get(scripted.url + "/v1/chat/completions")
+    wrong = httpx.get(scripted.url + "/v1/chat/completions", timeout=WAIT_S)
     assert wrong.status_code == 405
     assert wrong.headers["allow"] == "POST"
     error_of(wrong)
     for path in ("/docs", "/openapi.json", "/redoc", "/live/"):
-        assert httpx.get(scripted.url + path).status_code == 404
+        assert httpx.get(scripted.url + path, timeout=WAIT_S).status_code == 404
 
 
 def test_models(scripted: ServerThread) -> None:
-    listed = httpx.get(scripted.url + "/v1/models").json()
+    listed = httpx.get(scripted.url + "/v1/models", timeout=WAIT_S).json()
     assert [model["id"] for model in listed["data"]] == ["script"]
-    assert httpx.get(scripted.url + "/v1/models/script").json() == listed["data"][0]
+    assert httpx.get(scripted.url + "/v1/models/script", timeout=WAIT_S).json() == listed["data"][0]
     for name in ("other", "org/other", "script/"):
-        missing = httpx.get(f"{scripted.url}/v1/models/{name}")
+        missing = httpx.get(f"{scripted.url}/v1/models/{name}", timeout=WAIT_S)
         assert missing.status_code == 404
         assert error_of(missing)["code"] == "model_not_found"
 
@@ -60,10 +60,10 @@ def test_models(scripted: ServerThread) -> None:
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 def test_every_post_refuses_what_is_no_json(scripted: ServerThread, route: str) -> None:
     for body in (b"", b"{", b"[]", b'{"a": NaN}', b"[" * 100_000, b'"\xff"'):
-        answer = httpx.post(scripted.url + route, content=body)
+        answer = httpx.post(scripted.url + route, content=body, timeout=WAIT_S)
         assert answer.status_code == 400, body[:20]
         error_of(answer)
-    form = httpx.post(scripted.url + route, files={"file": b"x"})
+    form = httpx.post(scripted.url + route, files={"file": b"x"}, timeout=WAIT_S)
     assert form.status_code == 415
     error_of(form)
 
@@ -71,17 +71,17 @@ def test_every_post_refuses_what_is_no_json(scripted: ServerThread, route: str) 
 def test_curl_without_a_content_type_works(scripted: ServerThread) -> None:
     body = b'{"prompt": "Hello"}'
     for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-8"):
-        assert httpx.post(scripted.url + "/tokenize", content=body, headers={"content-type": kind}).status_code == 200
+        assert httpx.post(scripted.url + "/tokenize", content=body, headers={"content-type": kind}, timeout=WAIT_S).status_code == 200
 
 
 def test_a_body_that_declares_too_many_bytes_is_refused_unread(scripted: ServerThread) -> None:
     limit = scripted.api.options.max_body
     head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {limit + 1}\r\nConnection: close\r\n\r\n"
     assert raw(scripted, head.encode()).startswith(b"HTTP/1.1 413")
-    answer = httpx.post(scripted.url + "/tokenize", content=b" " * (limit + 1))
+    answer = httpx.post(scripted.url + "/tokenize", content=b" " * (limit + 1), timeout=WAIT_S)
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "body_too_large"
-    assert httpx.post(scripted.url + "/tokenize", content=b'{"prompt": "a"}'.ljust(limit)).status_code == 200
+    assert httpx.post(scripted.url + "/tokenize", content=b'{"prompt": "a"}'.ljust(limit), timeout=WAIT_S).status_code == 200
 
 
 def test_a_chunked_body_is_counted_while_it_comes(scripted: ServerThread) -> None:
@@ -89,7 +89,7 @@ def test_a_chunked_body_is_counted_while_it_comes(scripted: ServerThread) -> Non
         for _ in range(scripted.api.options.max_body // 2**16 + 1):
             yield b" " * 2**16
 
-    answer = httpx.post(scripted.url + "/tokenize", content=chunks())
+    answer = httpx.post(scripted.url + "/tokenize", content=chunks(), timeout=WAIT_S)
     assert answer.status_code == 413
     error_of(answer)
 
@@ -126,7 +126,7 @@ def test_requests_that_two_servers_may_read_in_two_ways_are_refused(scripted: Se
 def test_odd_request_lines_do_no_harm(scripted: ServerThread, line: bytes) -> None:
     answer = raw(scripted, line + b"\r\nHost: a\r\nConnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 4")
-    assert httpx.get(scripted.url + "/live").status_code == 200
+    assert httpx.get(scripted.url + "/live", timeout=WAIT_S).status_code == 200
 
 
 @pytest.mark.parametrize("piece", [b"A" * 2**14, b"x: " + b"y" * 200 + b"\r\n"])
@@ -149,26 +149,26 @@ def test_a_slow_head_is_cut_off(scripted: ServerThread, monkeypatch: pytest.Monk
 
 
 def test_health_follows_the_engine(scripted: ServerThread) -> None:
-    assert httpx.get(scripted.url + "/health").status_code == 200
+    assert httpx.get(scripted.url + "/health", timeout=WAIT_S).status_code == 200
     try:
         scripted.client.clock_ahead_s = scripted.api.options.health_timeout_s + 1
-        silent = httpx.get(scripted.url + "/health")
+        silent = httpx.get(scripted.url + "/health", timeout=WAIT_S)
         assert silent.status_code == 503
         assert error_of(silent)["code"] == "engine_silent"
-        assert httpx.get(scripted.url + "/live").status_code == 200
+        assert httpx.get(scripted.url + "/live", timeout=WAIT_S).status_code == 200
     finally:
         scripted.client.clock_ahead_s = 0.0
 
 
 def test_tokenize_and_back(scripted: ServerThread, tokenizer: Tokenizer) -> None:
     text = "Shall I compare thee to a summer's day? \N{ROSE}"
-    answer = httpx.post(scripted.url + "/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    answer = httpx.post(scripted.url + "/tokenize", json={"prompt": text, "return_token_strs": True}, timeout=WAIT_S).json()
     assert answer["tokens"] == tokenizer.encode(text)
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
     assert answer["max_model_len"] == scripted.api.info.max_model_len
-    assert httpx.post(scripted.url + "/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+    assert httpx.post(scripted.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=WAIT_S).json() == {"prompt": text}
     messages = [{"role": "user", "content": "Hello"}]
-    chat = httpx.post(scripted.url + "/tokenize", json={"messages": messages}).json()
+    chat = httpx.post(scripted.url + "/tokenize", json={"messages": messages}, timeout=WAIT_S).json()
     assert chat["tokens"] == tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
 
@@ -187,15 +187,15 @@ def test_tokenize_and_back(scripted: ServerThread, tokenizer: Tokenizer) -> None
     ],
 )
 def test_bad_text_requests(scripted: ServerThread, route: str, body: dict[str, Any], param: str) -> None:
-    answer = httpx.post(scripted.url + route, json=body)
+    answer = httpx.post(scripted.url + route, json=body, timeout=WAIT_S)
     assert answer.status_code == 400
     assert error_of(answer)["param"] == param
 
 
 def test_metrics_count_routes(scripted: ServerThread) -> None:
-    httpx.get(scripted.url + "/live")
-    httpx.get(scripted.url + "/some/path/of/a/scanner")
-    text = httpx.get(scripted.url + "/metrics").text
+    httpx.get(scripted.url + "/live", timeout=WAIT_S)
+    httpx.get(scripted.url + "/some/path/of/a/scanner", timeout=WAIT_S)
+    text = httpx.get(scripted.url + "/metrics", timeout=WAIT_S).text
     assert 'quire_http_requests_total{ingress="ingress-0",route="/live",status="200"}' in text
     assert 'route="other",status="404"' in text
     assert "scanner" not in text
@@ -210,12 +210,12 @@ def test_keys_guard_the_whole_server(tokenizer: Tokenizer) -> None:
         for path in [*paths, "/nothing"]:
             expected = 200 if path in ("/live", "/health") else 401
             for method in ("GET", "POST"):
-                answer = httpx.request(method, server.url + path)
+                answer = httpx.request(method, server.url + path, timeout=WAIT_S)
                 assert answer.status_code in (expected, 405) if expected == 200 else answer.status_code == 401, path
-        refused = httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer k3"})
+        refused = httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer k3"}, timeout=WAIT_S)
         assert error_of(refused)["code"] == "invalid_api_key"
         for key in ("k1", "k2"):
-            assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=WAIT_S).status_code == 200
         # An absolute or odd target must reach the same decision as the router
         for target in (b"//live", b"/live/../v1/models", b"http://live/v1/models", b"/%6cive/..", b"/v1/models?/live", b"/live;/v1/models"):
             assert raw(server, b"GET " + target + b" HTTP/1.1\r\nHost: /live\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 401"), (
@@ -228,7 +228,7 @@ def test_a_bug_is_a_500_without_a_trace(scripted: ServerThread, monkeypatch: pyt
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(scripted.client, "silent_s", broken)
-    answer = httpx.get(scripted.url + "/health")
+    answer = httpx.get(scripted.url + "/health", timeout=WAIT_S)
     assert answer.status_code == 500
     assert "secret" not in json.dumps(error_of(answer))
-    assert 'route="/health",status="500"' in httpx.get(scripted.url + "/metrics").text
+    assert 'route="/health",status="500"' in httpx.get(scripted.url + "/metrics", timeout=WAIT_S).text

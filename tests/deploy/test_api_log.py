@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serving import ScriptRunner, ServerThread
+from serving import WAIT_S, ScriptRunner, ServerThread
 
 from quire.deploy.api import account
 from quire.worker.logs import JsonFormatter, TextFormatter, about
@@ -53,9 +53,9 @@ def test_a_finished_request(scripted: ServerThread, kept: Kept, stream: bool) ->
 
 def test_a_refused_request_and_a_failed_one(scripted: ServerThread, script: ScriptRunner, kept: Kept) -> None:
     scripted.client.refuse_with = DeadlineExceeded("it waited 5 s")
-    assert httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}).status_code == 504
+    assert httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}, timeout=WAIT_S).status_code == 504
     scripted.client.refuse_with = None
-    assert httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "n": 0}).status_code == 400
+    assert httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "n": 0}, timeout=WAIT_S).status_code == 400
     script.script = (1000, -1)
     httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "max_tokens": 5, "stream": True}, timeout=60)
     scripted.on_loop(scripted.api.lifecycle._idle.wait())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from otlp_collector import Collector, attributes
-from serving import ScriptRunner, ServerThread, script_engine
+from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
 
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.protocol import DeadlineExceeded
@@ -67,13 +67,13 @@ def test_the_chain_is_whole(traced: Traced, stream: bool) -> None:
 def test_a_refusal_is_in_the_trace_and_only_a_fault_of_ours_is_an_error(traced: Traced) -> None:
     collector, server = traced
     ask = {"prompt": "a", "max_tokens": 1}
-    assert httpx.post(server.url + "/v1/completions", json={**ask, "n": 0}).status_code == 400
+    assert httpx.post(server.url + "/v1/completions", json={**ask, "n": 0}, timeout=WAIT_S).status_code == 400
     spans = collector.wait_for(1)
     assert attributes(spans["POST /v1/completions"])["http.response.status_code"] == 400
     assert spans["POST /v1/completions"].status.code == 0
     collector.spans.clear()
     server.client.refuse_with = DeadlineExceeded("it waited 5 s")
-    assert httpx.post(server.url + "/v1/completions", json=ask).status_code == 504
+    assert httpx.post(server.url + "/v1/completions", json=ask, timeout=WAIT_S).status_code == 504
     spans = collector.wait_for(1)
     assert attributes(spans["POST /v1/completions"])["error.type"] == "deadline_exceeded"
     assert (spans["POST /v1/completions"].status.code, spans["POST /v1/completions"].status.message) == (2, "it waited 5 s")

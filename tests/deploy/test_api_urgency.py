@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import ScriptRunner, ServerThread
+from serving import WAIT_S, ScriptRunner, ServerThread
 
 from quire.deploy.api.urgency import Urgency
 from quire.worker.protocol import DeadlineExceeded, Overloaded, QuireError
@@ -75,7 +75,7 @@ def test_what_is_no_priority_and_no_deadline(scripted: ServerThread, body: dict[
 
 def test_a_header_that_is_given_twice_is_refused(scripted: ServerThread) -> None:
     twice = [("X-Quire-Priority", "1"), ("X-Quire-Priority", "2")]
-    refused = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}, headers=twice)
+    refused = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a"}, headers=twice, timeout=WAIT_S)
     assert refused.json()["error"]["param"] == "X-Quire-Priority"
 
 
