@@ -13,10 +13,10 @@ TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint kernels bench clean
+.PHONY: help setup serve test test-slow lint kernels bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo '  Variables: ARGS="--port 9000 ..." (serve, test, bench), TORCH=torch==2.11.0, TORCH_INDEX=URL, PYTHON=python3.12'
 
 setup: $(STAMP)  ## make .venv, or refresh it
@@ -24,9 +24,14 @@ setup: $(STAMP)  ## make .venv, or refresh it
 serve: $(STAMP)  ## serve a model on http://127.0.0.1:8000 (ARGS are those of `quire serve`)
 	@exec $(BIN)/quire serve $(ARGS)
 
-# All of them in two processes, which get a file each. Whoever says which (ARGS) has one process, and sees what it prints as it does.
-test: $(STAMP)  ## run the tests (ARGS are pytest's)
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+# Two processes, which get a file each. Whoever says which tests (ARGS) has one process, and sees what it prints as it does.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP)  ## run all tests but the slow ones (ARGS are pytest's: with them, whichever they name)
+	@$(BIN)/python -m pytest $(or $(ARGS),$(TWO) -m 'not gpu and not slow')
+
+test-slow: $(STAMP)  ## run the slow tests (ARGS as for test)
+	@$(BIN)/python -m pytest -m 'slow and not gpu' $(or $(ARGS),$(TWO))
 
 lint: $(STAMP)  ## style, types, import contracts
 	@echo 'ruff' && $(BIN)/ruff check --quiet .

@@ -31,17 +31,20 @@ def test_the_chart_names_the_ray_that_is_installed(values):
     assert read_dockerfile().args["RAY_VERSION"] == values["rayVersion"]
 
 
+@pytest.mark.slow
 def test_quire_is_the_one_that_was_copied(image: Image):
     done = image.run("python", "-c", "import os, quire; print(quire.__file__, os.getuid(), os.geteuid())")
     assert re.fullmatch(r"/opt/quire/lib/python3\.\d+/site-packages/quire/__init__\.py 65532 65532\n", done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_of_it_can_be_written(image: Image):
     done = image.run("sh", "-c", "touch /opt/quire/x || touch /usr/x || touch /x || touch /home/quire/x /tmp/x /dev/shm/quire-test")
     assert done.returncode == 0
     assert done.stderr.count("cannot touch") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["quire --help", "quire env", "python -m quire.deploy.cli --version"])
 def test_entry_points(image: Image, command: str):
     done = image.run(*command.split())
@@ -49,6 +52,7 @@ def test_entry_points(image: Image, command: str):
     assert "quire" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_application_that_serve_deploys_can_be_imported(image: Image):
     done = image.run("python", "-c", "import quire.deploy.serve_app")
     assert done.returncode == 0, done.stderr
@@ -74,6 +78,7 @@ def serving(image: Image) -> Iterator[str]:
             served.kill()
 
 
+@pytest.mark.slow
 def test_the_default_command_serves_and_answers_the_hook_of_helm_test(image: Image, serving: str):
     done = image.run("python", "-c", (CHART / "files" / "answers.py").read_text(), serving, "60", "smollm2")
     assert done.returncode == 0, done.stderr
