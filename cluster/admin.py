@@ -49,6 +49,16 @@ class PageCounts(NamedTuple):
     host: int = 0
 
 
+class PageMaps(NamedTuple):
+    """A byte for each page of a replica: f free, a active, s shared, c cached, r reserved for what is on its way, m on its way elsewhere.
+
+    In host memory active pages are those of sequences that are swapped out, and m is whatever a move writes or reads there.
+    """
+
+    device: bytes
+    host: bytes
+
+
 class ReplicaRow(NamedTuple):
     """One replica. `state` is one of `cluster.controller.SHOWN_STATES`, `reason` why it is not ready, as far as that is known.
 
@@ -217,8 +227,8 @@ class AdminPort(Protocol):
         """How it stands."""
         ...
 
-    async def page_maps(self) -> Mapping[str, bytes]:
-        """Replica id -> a byte for each page: f free, a active, s shared, c cached, r reserved. Only of ready replicas."""
+    async def page_maps(self) -> Mapping[str, PageMaps]:
+        """Replica id -> the state of each of its pages. Only of ready replicas."""
         ...
 
     async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:

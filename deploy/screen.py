@@ -15,12 +15,12 @@ class Glyphs(NamedTuple):
     active: str
     shared: str
     cached: str
-    reserved: str
+    moving: str
     free: str
 
     def of(self, state: str) -> str:
         """The character for a byte of a page map (`cluster.admin.AdminPort.page_maps`)."""
-        return {"a": self.active, "s": self.shared, "c": self.cached, "r": self.reserved}.get(state, self.free)
+        return {"a": self.active, "s": self.shared, "c": self.cached, "r": self.moving, "m": self.moving}.get(state, self.free)
 
     def legend(self) -> str:
         """What they mean."""
@@ -29,7 +29,7 @@ class Glyphs(NamedTuple):
 
 BLOCKS = Glyphs("█", "▓", "▒", "◆", "·")
 ASCII = Glyphs("#", "S", "+", "r", ".")
-_RANK = "fcrsa"  # in a cell of several pages the most frequent state shows; among equals the one that is used more
+_RANK = "fcrmsa"  # in a cell of several pages the most frequent state shows; among equals the one that is used more
 
 
 def glyphs_for(encoding: str | None) -> Glyphs:

@@ -206,13 +206,13 @@ class ReplicaActor:
         return [tuple(r) for r in await self._look(self._ready_loop().requests())]
 
     @ray.method(concurrency_group="control")
-    async def page_map(self) -> bytes:
-        """One byte for each page: f free, a active, s shared, c cached, r reserved.
+    async def page_maps(self) -> tuple[bytes, bytes]:
+        """One byte for each page of the device, and of host memory: f free, a active, s shared, c cached, r reserved, m read by a move.
 
         Raises:
             ReplicaLost: as `events`.
         """
-        return await self._look(self._ready_loop().page_map())
+        return await self._look(self._ready_loop().page_maps())
 
     @ray.method(concurrency_group="control")
     async def decisions(self) -> list[dict[str, Any]]:

@@ -139,9 +139,9 @@ class EngineLoop:
         """The requests that live."""
         return self._ask(self._engine.requests)
 
-    def page_map(self) -> Future[bytes]:
-        """The state of every page (`PagePool.page_map`)."""
-        return self._ask(self._engine.scheduler.pool.page_map)
+    def page_maps(self) -> Future[tuple[bytes, bytes]]:
+        """The state of every page (`Scheduler.page_maps`)."""
+        return self._ask(self._engine.scheduler.page_maps)
 
     def decisions(self) -> Future[list[dict[str, Any]]]:
         """What was done lately when pages had run out (`Decisions.rows`)."""

@@ -154,6 +154,10 @@ class HostTier:
         done(moved)
         self.release(host_pages)
 
+    def page_map(self) -> bytes:
+        """`PagePool.page_map` of the host pages: a and s are kept for sequences that are out, m is what a move writes or reads."""
+        return self.pages.page_map(page for pages in self.held() for page in pages)
+
     def held(self) -> list[tuple[int, ...]]:
         """The host pages that moves hold, as tables for `PagePool.check`."""
         return list(self._held.values())

@@ -215,6 +215,10 @@ class Scheduler(Admission):
         self._next = None
         return [] if culprit is None else [self._end(culprit, FinishReason.ERROR, error)]
 
+    def page_maps(self) -> tuple[bytes, bytes]:
+        """`PagePool.page_map` of the device, where m is what moves read, and `HostTier.page_map`."""
+        return self.pool.page_map(page for pages in self.moves.held() for page in pages), self.host.page_map()
+
     def _count_again(self, s: Sequence, tokens: int) -> None:
         self.counters.recomputed_tokens += tokens
         if s.decision is not None:

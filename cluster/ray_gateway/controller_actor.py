@@ -191,10 +191,10 @@ class ControllerActor:
             "scale": asdict(self._scaler.figures()),
         }
 
-    async def page_maps(self) -> dict[str, bytes]:
-        """A byte for each page of each ready replica (`ReplicaActor.page_map`)."""
-        maps = await self._ask_all(lambda life: life.leader.page_map.remote())
-        return {replica_id: pages for replica_id, pages in maps.items() if isinstance(pages, bytes)}
+    async def page_maps(self) -> dict[str, tuple[bytes, bytes]]:
+        """A byte for each page of each ready replica (`ReplicaActor.page_maps`)."""
+        maps = await self._ask_all(lambda life: life.leader.page_maps.remote())
+        return {replica_id: pages for replica_id, pages in maps.items() if isinstance(pages, tuple)}
 
     async def decisions(self) -> dict[str, list[dict[str, Any]]]:
         """What each ready replica did lately when pages had run out (`ReplicaActor.decisions`)."""

@@ -20,6 +20,7 @@ from ..admin import (
     MoveRow,
     NotNow,
     PageCounts,
+    PageMaps,
     RankStatus,
     ReplicaRow,
     RequestRow,
@@ -96,10 +97,9 @@ class AdminPort:
             ScaleFigures(**raw["scale"]),
         )
 
-    async def page_maps(self) -> dict[str, bytes]:
+    async def page_maps(self) -> dict[str, PageMaps]:
         """Replica id -> a byte for each page."""
-        maps: dict[str, bytes] = await answer(self._handle.page_maps.remote())
-        return maps
+        return {replica_id: PageMaps(*maps) for replica_id, maps in (await answer(self._handle.page_maps.remote())).items()}
 
     async def decisions(self) -> dict[str, list[dict[str, Any]]]:
         """Replica id -> what it did lately when pages had run out."""

@@ -72,7 +72,7 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         return JSONResponse(
             {
                 **found.as_json(),
-                "page_maps": {replica: pages.decode("ascii") for replica, pages in maps.items()},
+                "page_maps": {replica: pages.device.decode("ascii") for replica, pages in maps.items()},
                 "tokens": {r.id: {"epoch": r.epoch, "prompt": r.prompt_tokens, "output": r.output_tokens} for r in found.replicas},
                 "queue": {"requests": found.figures.queue_requests, "tokens": found.figures.queue_tokens},
             }

@@ -15,6 +15,7 @@ from quire.cluster.admin import (
     MoveRow,
     NotNow,
     PageCounts,
+    PageMaps,
     RankStatus,
     ReplicaRow,
     RequestRow,
@@ -93,8 +94,8 @@ class FakePort:
             raise ReplicaLost("the controller does not answer")
         return self.now
 
-    async def page_maps(self) -> Mapping[str, bytes]:
-        return {"replica-0": b"a" * 12 + b"s" * 4 + b"c" * 16 + b"f" * 32}
+    async def page_maps(self) -> Mapping[str, PageMaps]:
+        return {"replica-0": PageMaps(b"a" * 12 + b"s" * 4 + b"c" * 16 + b"f" * 32, b"aacf")}
 
     async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:
         return {"replica-0": [{"step": 9, "action": "swap", "reason": "cheapest", "predicted_s": 0.5, "actual_s": 0.25}]}

@@ -20,7 +20,7 @@ TOP = {
     ("states", "width", "rows", "drawn"),
     [
         ("", 4, 4, []),
-        ("ascrf", 8, 4, ["#S+r."]),
+        ("ascrmf", 8, 4, ["#S+rr."]),
         ("aaaaffff", 4, 4, ["####", "...."]),  # one page to a cell while there is room
         ("aaaaffff", 4, 1, ["##.."]),  # two to a cell
         ("affafa", 2, 1, [".#"]),  # the most frequent state

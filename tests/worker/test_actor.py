@@ -304,7 +304,7 @@ def test_operators_see_the_requests_and_the_pages() -> None:
     async def scenario() -> None:
         actor = await started(hash_engine(pages=512, max_running=2))
         assert await actor.requests() == []
-        assert await actor.page_map() == b"f" * 512
+        assert await actor.page_maps() == (b"f" * 512, b"")
         frames = await connected(actor, "i")
         await actor.submit("i", 3, endless("a").to_wire())
         while (rows := await actor.requests())[0][3] == "waiting":  # asked before the step that starts it
@@ -312,7 +312,7 @@ def test_operators_see_the_requests_and_the_pages() -> None:
         ((name, _, _, state, sequences, prompt_tokens, _, pages),) = rows
         assert (name, state, sequences, prompt_tokens) == ("a", "running", 1, 3)
         assert pages >= 1
-        assert b"a" in await actor.page_map()
+        assert b"a" in (await actor.page_maps())[0]
         await frames.aclose()
 
     run(scenario)
@@ -327,7 +327,7 @@ def test_an_engine_that_is_not_there_has_nothing_to_tell() -> None:
             return hash_engine()
 
         actor = ReplicaActor("r0", 3, EngineOptions(), b"key", build=build)
-        for ask in (actor.events(None, 1.0), actor.requests(), actor.page_map(), actor.decisions()):
+        for ask in (actor.events(None, 1.0), actor.requests(), actor.page_maps(), actor.decisions()):
             with pytest.raises(ReplicaLost, match="not ready"):
                 await ask
         go.set()

@@ -122,6 +122,11 @@ def test_a_pool_tells_which_pages_can_be_found():
     assert pool.page_map() == b"scf"
     assert pool.reserve(2) == [2, 1]  # the free one, then the one that is evicted
     assert pool.page_map() == b"srr"
+    assert pool.page_map(moving=[0]) == b"mrr"
+    for _ in range(300):  # more holders than a byte can count
+        pool.retain([0])
+    assert pool.page_map() == b"srr"
+    pool.release([0] * 300)
     assert pool.events.since(2) == Changes((), (second,), (), ())
     assert pool.findable() == (first,)
 

@@ -61,6 +61,31 @@ def test_the_oldest_cached_pages_leave_ahead_of_need() -> None:
     assert set(tiers.pool.findable()) == set(hashes)
 
 
+def test_the_maps_of_both_tiers_show_what_moves() -> None:
+    tiers = Tiers()
+    tiers.cached(1, 2, 3, 4)
+
+    def maps() -> tuple[bytes, bytes]:
+        return tiers.pool.page_map(page for pages in tiers.moves.held() for page in pages), tiers.host.page_map()
+
+    tiers.host.evict_ahead(wanted=2, most=8)
+    assert maps() == (b"mmcc", b"mmf")
+    tiers.end()
+    assert maps() == (b"ffcc", b"ccf")
+    (page,) = tiers.pool.reserve(1)
+    tiers.host.bring([0], [page], lambda moved: None)
+    assert (page, maps()) == (0, (b"rfcc", b"mcf"))
+    tiers.end()
+    tiers.pool.commit([page])
+    assert maps() == (b"afcc", b"ccf")
+    kept = tiers.host.keep([page], [None], lambda moved: tiers.pool.release([page]))
+    assert (kept, maps()) == ([2], (b"mfcc", b"ccm"))
+    tiers.moves.ended([Moved(2, 1, 0.5)])
+    assert maps() == (b"ffcc", b"cca")  # kept for a sequence that is out
+    tiers.host.release(kept)
+    assert maps() == (b"ffcc", b"ccf")
+
+
 def test_no_more_leave_at_once_than_allowed_and_none_without_a_host_pool() -> None:
     tiers = Tiers()
     tiers.cached(1, 2, 3, 4)
