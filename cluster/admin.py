@@ -169,6 +169,28 @@ class MoveRow(NamedTuple):
     reason: str = ""
 
 
+class Percentiles(NamedTuple):
+    """Of a latency that was observed lately, in seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Recent(NamedTuple):
+    """What happens, and has happened lately.
+
+    `moving` are migrations under way (their outcome is empty, and `pages` is what they will take), `moved` the last that have ended, oldest
+    first, each with the seconds since then. `ttft_s` and `tpot_s` are of the HTTP server that is slowest at each percentile; None when
+    nothing ended in its last half minute.
+    """
+
+    moving: tuple[MoveRow, ...] = ()
+    moved: tuple[tuple[float, MoveRow], ...] = ()
+    ttft_s: Percentiles | None = None
+    tpot_s: Percentiles | None = None
+
+
 class DrainStatus(NamedTuple):
     """How far a drain is: `state` as in `ReplicaRow`, requests that are left there, and what has moved since it began.
 
@@ -229,6 +251,10 @@ class AdminPort(Protocol):
 
     async def page_maps(self) -> Mapping[str, PageMaps]:
         """Replica id -> the state of each of its pages. Only of ready replicas."""
+        ...
+
+    async def recent(self) -> Recent:
+        """What moves, what has moved, and latencies."""
         ...
 
     async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:

@@ -5,17 +5,19 @@ Like the queue it can be begun anew: after a controller's restart migrations und
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..worker.protocol import LiveRequest, MigrationResult, Outcome
+from .admin import MoveRow
 from .messages import Route
 from .policies import ReplicaSnapshot
 from .rebalancing import COOLDOWN_S, FREE_TO_MOVE_AGAIN, Move, Need, Place, Reason, Role, looked_at, place, plan, size
 
 ROUND_S = 1.0  # between two rounds of all policies
 QUICK_ROUND_S = 0.05  # between two for replicas that drain or only prefill
+KEPT = 64  # of the moves that have ended, for operators
 RETRY_S = 1.0  # after a move that failed, nothing is tried with that request
 
 
@@ -56,6 +58,7 @@ class Mobility:
         self._ended: dict[str, tuple[float, bool]] = {}  # request id -> when its last move ended, and whether it failed; oldest first
         self._ready_s: dict[Route, float] = {}  # since when a life has been known
         self._drains: dict[str, Moved] = {}
+        self._lately: deque[tuple[float, MoveRow]] = deque(maxlen=KEPT)  # when each ended; oldest first
 
     def role(self, replica_id: str) -> Role:
         """What a replica is there for."""
@@ -80,8 +83,8 @@ class Mobility:
         """It is under way."""
         self.under_way[move.request_id] = move
 
-    def ended(self, move: Move, outcome: MigrationResult, now_s: float) -> None:
-        """It is over."""
+    def ended(self, move: Move, outcome: MigrationResult, now_s: float) -> MoveRow:
+        """It is over: how."""
         self.under_way.pop(move.request_id, None)
         self._ended.pop(move.request_id, None)
         self._ended[move.request_id] = now_s, outcome.outcome != Outcome.MOVED
@@ -89,6 +92,20 @@ class Mobility:
         self.total = self.total.plus(outcome)
         if move.source.replica_id in self._drains:
             self._drains[move.source.replica_id] = self._drains[move.source.replica_id].plus(outcome)
+        row = MoveRow(move.request_id, move.source.replica_id, move.destination.replica_id, move.reason.value, *outcome)
+        self._lately.append((now_s, row))
+        return row
+
+    def moving(self) -> tuple[MoveRow, ...]:
+        """What is under way, the oldest first; the pages are what each will take."""
+        return tuple(
+            MoveRow(m.request_id, m.source.replica_id, m.destination.replica_id, m.reason.value, "", m.pages)
+            for m in self.under_way.values()
+        )
+
+    def moved(self, now_s: float) -> tuple[tuple[float, MoveRow], ...]:
+        """The last that have ended, oldest first, each with the seconds since then."""
+        return tuple((now_s - ended_s, row) for ended_s, row in self._lately)
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(reason, outcome) -> migrations."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..cluster.admin import Percentiles
 from ..cluster.ray_gateway import Registration, connect
 from ..worker.config import QuireOptions
 from ..worker.protocol import ReplicaLost
@@ -40,7 +41,7 @@ class Edge:
         self._registering: asyncio.Task[None] | None = None
         self.client = connect(options, ingress_id)
         self._tokenizer: Tokenizer | None = None
-        self.latencies: Callable[[], tuple[float | None, float | None]] = lambda: (None, None)  # see `Registration.renew`
+        self.latencies: Callable[[], tuple[Percentiles | None, Percentiles | None]] = lambda: (None, None)  # see `Registration.renew`
 
     async def __aenter__(self) -> Self:
         self._registering = asyncio.create_task(self._register())

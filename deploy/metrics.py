@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, di
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..cluster.admin import Percentiles
 from ..cluster.client import RecoveryStats
 from ..cluster.tenants import CountedTenants
 from ..worker.protocol import EngineStats
@@ -69,13 +70,14 @@ class Lately:
     def observe(self, seconds: float) -> None:
         self._seen.append((time.monotonic(), seconds))
 
-    def high_s(self) -> float | None:
-        """The 99th percentile; None when there was nothing."""
+    def percentiles(self) -> Percentiles | None:
+        """Of it, in seconds; None when there was nothing."""
         since_s = time.monotonic() - WINDOW_S
         while self._seen and self._seen[0][0] < since_s:
             self._seen.popleft()
         ordered = sorted(seconds for _, seconds in self._seen)
-        return ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else None
+        p50, p90, p99 = (ordered[math.ceil(share * len(ordered) / 100) - 1] if ordered else 0.0 for share in (50, 90, 99))
+        return Percentiles(p50, p90, p99) if ordered else None
 
 
 class Metrics:

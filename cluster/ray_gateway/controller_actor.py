@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ...worker.actor import Reply, reply_to, start_actor_logging
 from ...worker.config import QuireOptions
 from ...worker.protocol import EventFrame, QuireError, ReplicaLost
-from ..admin import NotNow, UnknownReplica, UnknownRequest
+from ..admin import NotNow, Percentiles, UnknownReplica, UnknownRequest
 from ..admissions import ADMIT_POLL_S, Admissions
 from ..autoscaling_setup import replicas_at_first
 from ..controller import Controller, Replica, ReplicaState
@@ -127,9 +127,9 @@ class ControllerActor:
         asleep = self._scaler.asleep()
         return self._hash_key, rows, tuple(asleep) if asleep else None
 
-    async def register(self, ingress_id: str, pid: int, ttft_s: float | None = None, tpot_s: float | None = None) -> str:
-        """An ingress is there, for the next `INGRESS_LEASE_S`, and has seen such latencies. Returns the level at which it is to log."""
-        self._scaler.latencies(ingress_id, ttft_s, tpot_s)
+    async def register(self, ingress_id: str, pid: int, ttft_s: tuple[float, ...] | None, tpot_s: tuple[float, ...] | None) -> str:
+        """An ingress is there, for the next `INGRESS_LEASE_S`, and has seen such `Percentiles`. Returns the level at which it is to log."""
+        self._scaler.saw(ingress_id, Percentiles(*ttft_s) if ttft_s else None, Percentiles(*tpot_s) if tpot_s else None)
         self._ingresses[ingress_id] = (pid, time.monotonic() + INGRESS_LEASE_S)
         return self._lives.log_level
 
@@ -195,6 +195,14 @@ class ControllerActor:
         """A byte for each page of each ready replica (`ReplicaActor.page_maps`)."""
         maps = await self._ask_all(lambda life: life.leader.page_maps.remote())
         return {replica_id: pages for replica_id, pages in maps.items() if isinstance(pages, tuple)}
+
+    async def recent(self) -> tuple[Any, ...]:
+        """Fields of `Recent`, as primitives."""
+        await self._started()
+        now_s, books = time.monotonic(), self._movers.books
+        moved = [(ago_s, tuple(row)) for ago_s, row in books.moved(now_s)]
+        latencies = [tuple(seen) if seen else None for seen in self._scaler.latencies(now_s)]
+        return [tuple(row) for row in books.moving()], moved, *latencies
 
     async def decisions(self) -> dict[str, list[dict[str, Any]]]:
         """What each ready replica did lately when pages had run out (`ReplicaActor.decisions`)."""

@@ -191,16 +191,8 @@ class Movers:
         except ReplicaLost as error:
             outcome = MigrationResult(Outcome.LOST, reason=str(error))
         finally:
-            self.books.ended(move, outcome, time.monotonic())
+            row = self.books.ended(move, outcome, time.monotonic())
             self._router.forget(move.request_id)
-        source, there = move.source.replica_id, move.destination.replica_id
-        log.info(
-            "%s: %s -> %s (%s): %s%s",
-            move.request_id,
-            source,
-            there,
-            move.reason,
-            outcome.outcome,
-            f", {outcome.reason}" * bool(outcome.reason),
-        )
-        return MoveRow(move.request_id, source, there, move.reason.value, *outcome)
+        why_not = f", {row.reason}" * bool(row.reason)
+        log.info("%s: %s -> %s (%s): %s%s", row.request, row.source, row.destination, row.cause, row.outcome, why_not)
+        return row

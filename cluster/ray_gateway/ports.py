@@ -21,7 +21,9 @@ from ..admin import (
     NotNow,
     PageCounts,
     PageMaps,
+    Percentiles,
     RankStatus,
+    Recent,
     ReplicaRow,
     RequestRow,
     ScaleFigures,
@@ -67,13 +69,13 @@ class Registration:
         self._handle = _controller(namespace)
         self._who = (ingress_id, pid)
 
-    async def renew(self, ttft_s: float | None = None, tpot_s: float | None = None) -> str:
+    async def renew(self, ttft_s: Percentiles | None = None, tpot_s: Percentiles | None = None) -> str:
         """The ingress is alive, and has seen such latencies lately. Returns how much it is to log.
 
         Raises:
             ReplicaLost: the controller does not answer.
         """
-        level: str = await answer(self._handle.register.remote(*self._who, ttft_s, tpot_s))
+        level: str = await answer(self._handle.register.remote(*self._who, *(tuple(seen) if seen else None for seen in (ttft_s, tpot_s))))
         return level
 
 
@@ -100,6 +102,16 @@ class AdminPort:
     async def page_maps(self) -> dict[str, PageMaps]:
         """Replica id -> a byte for each page."""
         return {replica_id: PageMaps(*maps) for replica_id, maps in (await answer(self._handle.page_maps.remote())).items()}
+
+    async def recent(self) -> Recent:
+        """What moves, what has moved, and latencies."""
+        moving, moved, ttft_s, tpot_s = await answer(self._handle.recent.remote())
+        return Recent(
+            tuple(MoveRow(*row) for row in moving),
+            tuple((ago_s, MoveRow(*row)) for ago_s, row in moved),
+            Percentiles(*ttft_s) if ttft_s else None,
+            Percentiles(*tpot_s) if tpot_s else None,
+        )
 
     async def decisions(self) -> dict[str, list[dict[str, Any]]]:
         """Replica id -> what it did lately when pages had run out."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...worker.config import QuireOptions
 from ...worker.protocol import ModelInfo, ReplicaLost
-from ..admin import NotNow, ScaleFigures, UnknownReplica
+from ..admin import NotNow, Percentiles, ScaleFigures, UnknownReplica
 from ..arrivals import ArrivalWindow
 from ..autoscaling import AutoscalingContext, ReplicaFigures
 from ..autoscaling_guard import ScaleDecision, Why
@@ -69,7 +69,7 @@ class Scaler:
         self._model: ModelInfo | None = None
         self._arrivals = ArrivalWindow()
         self._speed = 0.0
-        self._latencies: dict[str, tuple[float, float | None, float | None]] = {}  # ingress -> when, ttft_s, tpot_s
+        self._latencies: dict[str, tuple[float, Percentiles | None, Percentiles | None]] = {}  # ingress -> when, TTFT, TPOT
         self._kept: deque[ScaleDecision] = deque(maxlen=KEPT)
         self._latest: ScaleDecision | None = None
         self._counts: Counter[str] = Counter()
@@ -93,9 +93,14 @@ class Scaler:
         if request.attempt == 0 and not request.resumed:
             self._arrivals.came(request.prompt_tokens, now_s)
 
-    def latencies(self, ingress_id: str, ttft_s: float | None, tpot_s: float | None) -> None:
-        """What an ingress has seen lately: 99th percentiles."""
+    def saw(self, ingress_id: str, ttft_s: Percentiles | None, tpot_s: Percentiles | None) -> None:
+        """What an ingress has seen lately."""
         self._latencies[ingress_id] = (time.monotonic(), ttft_s, tpot_s)
+
+    def latencies(self, now_s: float) -> tuple[Percentiles | None, Percentiles | None]:
+        """TTFT and TPOT of the ingress that is slowest at each percentile."""
+        self._latencies = {name: row for name, row in self._latencies.items() if now_s - row[0] < LATENCY_AGE_S}
+        return _worst(ttft_s for _, ttft_s, _ in self._latencies.values()), _worst(tpot_s for _, _, tpot_s in self._latencies.values())
 
     # --- what operators ask ---
 
@@ -266,7 +271,7 @@ class Scaler:
         ready = set(self._ready())
         shots = [shot for shot in self._router.snapshots() if shot.replica_id in ready]
         self._model = shots[0].info if shots else self._model
-        lately = [row for row in self._latencies.values() if now_s - row[0] < LATENCY_AGE_S]
+        ttft_s, tpot_s = self.latencies(now_s)
         starts = [sum(r.report.phases.values()) for r in self._table.staying() if r.report and r.report.phases]
         return AutoscalingContext(
             now_s=now_s,
@@ -278,8 +283,8 @@ class Scaler:
             queued_tokens=self._scheduler.queued_tokens(),
             arrivals=self._arrivals.figures(now_s),
             usual_prefill_tokens_per_s=self._speed,
-            ttft_s=_most(ttft_s for _, ttft_s, _ in lately),
-            tpot_s=_most(tpot_s for _, _, tpot_s in lately),
+            ttft_s=ttft_s.p99 if ttft_s else None,
+            tpot_s=tpot_s.p99 if tpot_s else None,
             start_s=max(starts, default=0.0),
             page_size=self._engine.cache.page_size,
             batch_tokens=self._engine.scheduler.max_batch_tokens,
@@ -291,5 +296,6 @@ class Scaler:
         return Remembered(self._target, staying, leaving, self._by_hand, tuple(self._model) if self._model else None)
 
 
-def _most(values: Iterable[float | None]) -> float | None:
-    return max((v for v in values if v is not None), default=None)
+def _worst(seen: Iterable[Percentiles | None]) -> Percentiles | None:
+    known = [percentiles for percentiles in seen if percentiles is not None]
+    return Percentiles(*map(max, zip(*known, strict=True))) if known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
+from ...cluster.admin import Percentiles
 from ...cluster.client import EngineClient
 from ...worker.config import LimitOptions, ServerOptions
 from ...worker.protocol import ModelInfo
@@ -29,9 +30,9 @@ class Api:
     tracing: Tracing | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
-    def latencies(self) -> tuple[float | None, float | None]:
-        """99th percentiles, lately, of time to first token and per output token, in seconds."""
-        return self.metrics.ttft.high_s(), self.metrics.tpot.high_s()
+    def latencies(self) -> tuple[Percentiles | None, Percentiles | None]:
+        """Of time to first token and per output token, lately."""
+        return self.metrics.ttft.percentiles(), self.metrics.tpot.percentiles()
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError(404) unless `name` is the served model's; a request that names none means this one."""

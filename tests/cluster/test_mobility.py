@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from quire.cluster.admin import MoveRow
 from quire.cluster.ledger import NOTHING
 from quire.cluster.messages import Route
-from quire.cluster.mobility import RETRY_S, Mobility, Moved, by_hand
+from quire.cluster.mobility import KEPT, RETRY_S, Mobility, Moved, by_hand
 from quire.cluster.policies import ReplicaSnapshot, snapshot
 from quire.cluster.rebalancing import COOLDOWN_S, FRESH_S, Move, Reason, Role
 from quire.worker.protocol import LiveRequest, MigrationResult, ModelInfo, Outcome, ReplicaLoad
@@ -50,6 +51,21 @@ def test_a_request_that_has_moved_rests_and_one_that_could_not_is_tried_later() 
     assert books.total == books.drained("replica-0") == Moved(2, 10, 1000, 15.0, 12.5)
     books.drain("replica-0", False)
     assert books.drained("replica-0") == Moved()
+
+
+def test_operators_see_what_moves_and_what_has_moved_lately() -> None:
+    books = Mobility()
+    place_a, place_b = books.places([shot(A, 80), shot(B, 10)], [], 0.0)
+    move = by_hand(X, place_a, place_b)
+    books.begin(move)
+    assert (books.moving(), books.moved(5.0)) == ((MoveRow("x", "replica-0", "replica-1", "operator", "", 10),), ())
+    row = books.ended(move, MigrationResult(Outcome.MOVED, 9, 900, 12.5), 10.0)
+    assert row == MoveRow("x", "replica-0", "replica-1", "operator", "moved", 9, 900, 12.5)
+    assert (books.moving(), books.moved(12.0)) == ((), ((2.0, row),))
+    for i in range(KEPT):
+        books.ended(move, MigrationResult(Outcome.REFUSED, reason="no seat"), 20.0 + i)
+    assert len(books.moved(100.0)) == KEPT  # and the first is forgotten
+    assert {row.outcome for _, row in books.moved(100.0)} == {"refused"}
 
 
 def test_between_full_rounds_only_drains_and_prefills_are_seen_to() -> None:

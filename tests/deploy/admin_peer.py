@@ -16,7 +16,9 @@ from quire.cluster.admin import (
     NotNow,
     PageCounts,
     PageMaps,
+    Percentiles,
     RankStatus,
+    Recent,
     ReplicaRow,
     RequestRow,
     ScaleFigures,
@@ -96,6 +98,10 @@ class FakePort:
 
     async def page_maps(self) -> Mapping[str, PageMaps]:
         return {"replica-0": PageMaps(b"a" * 12 + b"s" * 4 + b"c" * 16 + b"f" * 32, b"aacf")}
+
+    async def recent(self) -> Recent:
+        moving = MoveRow("cmpl-3", "replica-0", "replica-1", "drain", "", 5)
+        return Recent((moving,), ((9.0, MOVED), (2.0, MOVED._replace(cause="drain"))), Percentiles(0.05, 0.1, 0.25), None)
 
     async def decisions(self) -> Mapping[str, list[dict[str, Any]]]:
         return {"replica-0": [{"step": 9, "action": "swap", "reason": "cheapest", "predicted_s": 0.5, "actual_s": 0.25}]}

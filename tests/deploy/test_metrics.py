@@ -86,14 +86,14 @@ def test_what_latencies_were_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr("quire.deploy.metrics.time.monotonic", lambda: now_s)
     lately = Metrics(dict).ttft
-    assert lately.high_s() is None
+    assert lately.percentiles() is None
     for seconds in range(1, 201):
         lately.observe(float(seconds))
-    assert lately.high_s() == 198.0
+    assert lately.percentiles() == (100.0, 180.0, 198.0)
     now_s += WINDOW_S / 2
     lately.observe(7.0)
     now_s += WINDOW_S / 2 + 1
-    assert lately.high_s() == 7.0
+    assert lately.percentiles() == (7.0, 7.0, 7.0)
 
 
 def test_what_deaths_have_cost() -> None:
