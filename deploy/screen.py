@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .page_cells import cells
+
 MAP_ROWS = 4
 BAR_WIDTH = 24
 
@@ -29,7 +31,6 @@ class Glyphs(NamedTuple):
 
 BLOCKS = Glyphs("█", "▓", "▒", "◆", "·")
 ASCII = Glyphs("#", "S", "+", "r", ".")
-_RANK = "fcrmsa"  # in a cell of several pages the most frequent state shows; among equals the one that is used more
 
 
 def glyphs_for(encoding: str | None) -> Glyphs:
@@ -91,9 +92,7 @@ def top_lines(top: Mapping[str, Any], rates: Mapping[str, tuple[float, float]] |
 
 def page_map(states: str, width: int, glyphs: Glyphs, rows: int = MAP_ROWS) -> list[str]:
     """The pages of one replica in page order, at most `rows` lines of `width`: so many pages to a cell as that takes."""
-    cells = max(width, 1) * rows
-    per_cell = max(-(-len(states) // cells), 1)
-    drawn = "".join(glyphs.of(_shown(states[start : start + per_cell])) for start in range(0, len(states), per_cell))
+    drawn = "".join(map(glyphs.of, cells(states, max(width, 1) * rows)))
     return [drawn[start : start + max(width, 1)] for start in range(0, len(drawn), max(width, 1))]
 
 
@@ -102,10 +101,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _shown(states: str) -> str:
-    return max(_RANK, key=lambda state: (states.count(state), _RANK.index(state)))
 
 
 def _replica_line(replica: Mapping[str, Any], rate: tuple[float, float] | None) -> str:

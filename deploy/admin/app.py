@@ -14,6 +14,7 @@ from ..api.body import read_body
 from ..api.errors import ApiError
 from ..api.middleware import BodyLimit, StrictRequest
 from ..api.schemas import Strict
+from . import console
 from .figures import exposition
 from .guard import Guard
 
@@ -156,9 +157,10 @@ def create_admin_app(port: AdminPort, token: str | None) -> FastAPI:
         await port.set_log_level(body.level)
         return JSONResponse({"level": body.level})
 
+    console.install(app, port)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)  # the last one added stands outermost
-    app.add_middleware(Guard, token=token)
+    app.add_middleware(Guard, token=token, public=console.PATHS)
     app.add_middleware(StrictRequest)
     return app
 

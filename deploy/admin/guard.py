@@ -2,7 +2,8 @@
 
 Deny by default, as a pure ASGI middleware before every route. Browsers reach loopback addresses too, so without a token
 the Host header must name one (a rebound DNS name does not), and what changes anything must be JSON, which no page may
-send to a foreign origin without asking first - and nobody here says yes.
+send to a foreign origin without asking first - and nobody here says yes. Only the console's own files, which are the same for everybody,
+need no token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,10 +34,16 @@ def check_admin(options: AdminOptions) -> None:
 
 
 class Guard:
-    """Middleware: 401 without the token, 403 for a foreign Host, 415 for a POST that is not JSON."""
+    """Middleware: 401 without the token, 403 for a foreign Host, 415 for a POST that is not JSON.
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
+    Args:
+        token: None where none is needed.
+        public: paths of the same for everybody that may be read without it.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None, public: Collection[str] = ()) -> None:
         self._app = app
+        self._public = frozenset(public)
         self._digest = None if token is None else hashlib.sha256(token.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +62,8 @@ class Guard:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self._digest is not None:
+            if scope["path"] in self._public and scope["method"] in ("GET", "HEAD"):
+                return None
             if not hmac.compare_digest(hashlib.sha256(bearer(scope)).digest(), self._digest):
                 return ApiError(401, "a valid admin token is needed", code="invalid_admin_token", headers={"WWW-Authenticate": "Bearer"})
         elif not is_loopback(_host(headers.get(b"host", b""))):
