@@ -6,7 +6,7 @@ the replicas report, and acts on what it says. It holds nothing that the replica
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
@@ -72,6 +72,7 @@ class Replica:
     heard_s: float = 0.0  # its last word
     start_at_s: float | None = 0.0  # when its next life is due
     failed_starts: int = 0  # in a row
+    version: str = ""  # of the options that its latest life was started with; empty when that is not known
     draining: bool = False  # it is wanted empty
     leaving: bool = False  # and is to go for good then
     missing_s: float | None = None  # since when it has not been there
@@ -91,11 +92,13 @@ class Controller:
     Args:
         replicas: how many there are to be at first, `replica-0` and so on.
         start_timeout_s: that a life may take to become ready.
+        version: of the options that lives are started with.
     """
 
-    def __init__(self, replicas: int, start_timeout_s: float) -> None:
+    def __init__(self, replicas: int, start_timeout_s: float, version: str = "") -> None:
         self._replicas = {name: Replica(name) for name in (f"replica-{i}" for i in range(replicas))}
         self._start_timeout_s = start_timeout_s
+        self._version = version
         self._served = False  # some replica was ready once
         self._leases: dict[str, float] = {}  # holder -> when it ends
 
@@ -113,6 +116,7 @@ class Controller:
         """
         replica = self._replicas[replica_id]
         self._new_life(replica, max(now_ms, replica.epoch + 1), now_s)
+        replica.version = self._version
         return replica.epoch
 
     def adopt(self, replica_id: str, epoch: int, now_s: float) -> bool:
@@ -236,10 +240,14 @@ class Controller:
         """It is no longer one of ours; what is left of its life is to end."""
         self._replicas.pop(replica_id, None)
 
-    def restore(self, replicas: Iterable[str], leaving: Iterable[str]) -> None:
-        """The replicas that a controller before this one had, none of them known yet."""
+    def outdated(self, replica: Replica) -> bool:
+        """Whether it runs with options that are no longer those of new lives."""
+        return replica.version not in ("", self._version)
+
+    def restore(self, replicas: Iterable[str], leaving: Iterable[str], versions: Mapping[str, str]) -> None:
+        """The replicas that a controller before this one had, with their versions, none of them known yet."""
         going = set(leaving)
-        self._replicas = {name: Replica(name, leaving=name in going) for name in (*replicas, *going)}
+        self._replicas = {name: Replica(name, leaving=name in going, version=versions.get(name, "")) for name in (*replicas, *going)}
 
     def unready_s(self, now_s: float) -> float:
         """For how long the one of those that stay has been missing that has been for longest. To be asked now and then."""

@@ -10,7 +10,7 @@ Options are those of `quire serve`, by name (docs/configuration.md); those above
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from .api.schemas import Strict
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # What is each command's own: there is no such process here, or Serve decides it.
 _NOT_HERE = frozenset("host port ingresses ray_address namespace served_model_name admin_host admin_port admin_token".split())
+DIGEST_CHARS = 8
 RAY_ADDRESS = "auto"  # the cluster that Serve runs on
 
 
@@ -45,6 +46,12 @@ class Arguments(Strict):
 def namespace_of(name: str) -> str:
     """The Ray namespace of a model: where its controller and its replicas are found."""
     return f"quire-{name}"
+
+
+def namespaces_of(name: str, there: Iterable[str]) -> list[str]:
+    """Of the namespaces that there are, those of a model: first those of configurations that could not take over in its own, then that."""
+    beside = re.compile(f"{re.escape(namespace_of(name))}-[0-9a-f]{{{DIGEST_CHARS}}}")
+    return sorted((n for n in there if n == namespace_of(name) or beside.fullmatch(n)), key=lambda n: (n == namespace_of(name), n))
 
 
 def models_of(arguments: Arguments) -> dict[str, QuireOptions]:

@@ -19,12 +19,12 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from ..cluster.ray_gateway import serves
+from ..cluster.ray_gateway import namespaces, serves
 from ..worker.config import QuireOptions
 from ..worker.protocol import GenerateRequest, SamplingParams, TokenLogprob
 from .api.edge_text import EdgeText
 from .api.generation import ChoiceDelta, Generation, Presentation, Usage
-from .application import namespace_of
+from .application import namespace_of, namespaces_of
 from .edge import Edge
 from .metrics import Metrics
 
@@ -130,11 +130,12 @@ def connect(model: str | None = None, namespace: str | None = None) -> Model:
     Raises:
         ValueError: no such model is served here.
     """
-    found = namespace or (namespace_of(model) if model is not None else "quire")
-    options = serves(found)
-    if options is None:
-        raise ValueError(f"no model is served in namespace {found!r} of this Ray cluster")
-    return Model(options)
+    asked = namespace or (namespace_of(model) if model is not None else "quire")
+    for found in [asked] if namespace or model is None else namespaces_of(model, namespaces()):
+        options = serves(found)
+        if options is not None:
+            return Model(options)
+    raise ValueError(f"no model is served in namespace {asked!r} of this Ray cluster")
 
 
 async def _tokens(text: EdgeText, prompt: Prompt) -> tuple[int, ...]:

@@ -10,17 +10,18 @@ from hashlib import blake2b
 
 from fastapi import FastAPI
 
-from ..cluster.ray_gateway import Lease, same_service, serves
+from ..cluster.ray_gateway import Lease, namespaces, serves
+from ..cluster.upgrading import hindrance, shared
 from ..worker.config import QuireOptions
 from ..worker.protocol import ReplicaLost
 from .api.app import create_app
+from .application import DIGEST_CHARS, namespaces_of
 from .edge import Edge
 from .tenants_file import load_tenants
 
 log = logging.getLogger(__name__)
 
 RENEW_S = 2.0
-DIGEST_BYTES = 4
 
 
 class CannotServe(Exception):
@@ -54,11 +55,12 @@ class ModelService:
         return self._app
 
     async def opened(self) -> None:
-        """Finds or starts the controller, and waits for a replica. After an exception nothing is left behind.
+        """Finds or starts the controller, which takes the configuration over, and waits for a replica. After an exception nothing is
+        left behind.
 
         Raises:
             CannotServe: no replica can be started.
-            OSError, ValueError, TimeoutError: as `Edge.opened`, or the keys cannot be read.
+            OSError, ValueError, TimeoutError, ReplicaLost: as `Edge.opened` and `Lease.become`, or the keys cannot be read.
         """
         try:
             async with asyncio.timeout(self.asked.cluster.start_timeout_s * 2):
@@ -72,7 +74,7 @@ class ModelService:
         _, tenants = load_tenants(options.server)
         lease = await asyncio.to_thread(Lease, options, tenants, self._ingress_id)
         self._stack.push_async_callback(asyncio.to_thread, lease.release)
-        await asyncio.to_thread(lease.check)
+        await asyncio.to_thread(lease.become)
         renewing = asyncio.create_task(self._renew(lease))
         self._stack.callback(renewing.cancel)
         edge = await self._stack.enter_async_context(Edge(self._ingress_id, options))
@@ -105,12 +107,13 @@ class ModelService:
 
 
 def _placed(options: QuireOptions) -> QuireOptions:
-    """The options with the namespace in which this configuration lives: the model's own, unless another one is still there (an upgrade);
-    then a namespace of the configuration's."""
-    namespace = options.cluster.namespace
-    digest = blake2b(repr(options).encode(), digest_size=DIGEST_BYTES).hexdigest()
-    beside = replace(options, cluster=replace(options.cluster, namespace=f"{namespace}-{digest}"))
-    if serves(beside.cluster.namespace) is not None:
-        return beside
-    there = serves(namespace)
-    return options if there is None or same_service(there, options) else beside
+    """The options with the namespace in which this configuration lives: that of a controller of the model which is this configuration's or
+    can take it over; else the model's own, if it is free; else one of the configuration's."""
+    own = options.cluster.namespace
+    digest = blake2b(repr(options).encode(), digest_size=DIGEST_CHARS // 2).hexdigest()
+    found = namespaces_of(options.engine.model.served_model_name or "", namespaces())
+    there = {name: theirs for name in found if (theirs := serves(name)) is not None}
+    able = [name for name, theirs in there.items() if not hindrance(theirs, options)]
+    same = [name for name in able if shared(there[name]) == shared(options)]
+    namespace = next(iter([*same, *able]), own if own not in there else f"{own}-{digest}")
+    return replace(options, cluster=replace(options.cluster, namespace=namespace))

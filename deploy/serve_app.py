@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -39,6 +40,7 @@ class ServeIngress:
         self._services: dict[str, ModelService] = {}
         self._apps: dict[str, FastAPI] = {}
         self._whole = ByModel(self._apps, 0, self._close)
+        self._numbers = count()
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -48,8 +50,9 @@ class ServeIngress:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serves what `config`, the arguments of `build`, says.
 
-        The first time it is waited for. A later change goes on behind this call, because Serve sends no requests during it: what is new
-        comes up beside what runs and then gets the requests, while running streams end where they are.
+        The first time it is waited for. A later change goes on behind this call, because Serve sends no requests during it. Where the
+        controller can take it over (`cluster.upgrading`), replicas are replaced and running streams move to the new ones. Else what is
+        new comes up beside what runs and then gets the requests, while running streams end where they are.
 
         Raises:
             ValueError: `config` is wrong; says what.
@@ -81,7 +84,7 @@ class ServeIngress:
                 there = self._services.get(name)
                 if there is not None and there.asked == options:
                     continue
-                service = ModelService(options, self._id)
+                service = ModelService(options, f"{self._id}.{next(self._numbers)}")  # the one before may serve yet
                 await service.opened()
                 self._services[name], self._apps[name] = service, service.app
                 log.info("%s is served", name)

@@ -9,7 +9,7 @@
 
 from ...worker.actor import start_actor_logging
 from .calls import remote_class
-from .driver import Cluster, ClusterView, Lease, ReplicaView, join, same_service, serves
+from .driver import Cluster, ClusterView, Lease, ReplicaView, join, namespaces, serves
 from .ports import AdminPort, Registration, connect
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "ReplicaView",
     "connect",
     "join",
+    "namespaces",
     "remote_class",
-    "same_service",
     "serves",
     "start_actor_logging",
 ]

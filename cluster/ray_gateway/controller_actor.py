@@ -2,7 +2,7 @@
 
 All that it decides is decided by pure classes: the table of lives (`cluster.controller`), the queue (`cluster.global_scheduler`)
 and the router. Their state belongs to one event loop. After a restart by Ray it finds the replicas by name and learns the rest
-from their reports and event dumps; what it cannot learn (the queue) is asked again by the ingresses.
+from their reports and event dumps; what it cannot learn (the queue) is asked again by the ingresses. So it takes over other options, too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..messages import AdmitRequest, Route
 from ..routing import Router
 from ..tally import Tally
 from ..tenants import TenantLimits, TenantTable
+from ..upgrading import hindrance, shared, version
 from .calls import CALL_TIMEOUT_S, LifeName, answer, first_line, ray_
 from .lives import Life, Lives, NoPlace
 from .memory import Memory
@@ -54,14 +55,18 @@ class ControllerActor:
         options: of the cluster.
         tenants: who may use how much.
         hash_key: of page hashes, the same for every life of every process of the cluster.
+
+    Options and tenants are those that it began with; what it was told to `become` since counts instead.
     """
 
     def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...], hash_key: bytes) -> None:
         start_actor_logging(options.server.log_level, options.server.log_format)
+        self._memory = Memory(options.cluster.namespace, hash_key)
+        options, tenants = self._memory.options() or (options, tenants)
         cluster = options.cluster
         self._options = options
         self._hash_key = hash_key
-        self._table = Controller(replicas_at_first(options), cluster.start_timeout_s)
+        self._table = Controller(replicas_at_first(options), cluster.start_timeout_s, version(options))
         self._table.renew("start", time.monotonic() + LEASE_S)
         self._router = Router(cluster.routing)
         limits = QueueLimits(cluster.max_queue_requests, cluster.max_queue_tokens, cluster.max_queue_wait_s)
@@ -76,7 +81,6 @@ class ControllerActor:
         self._tasks: dict[LifeName, asyncio.Task[None]] = {}  # of lives that go on
         self._ending: dict[LifeName, asyncio.Task[None]] = {}  # of lives that are being cleared away
         self._movers = Movers(cluster, self._table, self._router, self._scheduler, self._running)
-        self._memory = Memory(cluster.namespace, hash_key)
         self._scaler = Scaler(options, self._table, self._router, self._scheduler, self._movers, self._memory)
         self._ingresses: dict[str, tuple[int, float]] = {}  # id -> pid, end of its lease
         self._timer: asyncio.TimerHandle | None = None
@@ -136,8 +140,27 @@ class ControllerActor:
     # --- for the command line ---
 
     async def options(self) -> QuireOptions:
-        """What it was started with."""
+        """What it goes by."""
         return self._options
+
+    async def become(self, options: QuireOptions, tenants: tuple[TenantLimits, ...]) -> str:
+        """Takes these over: in a moment this process ends, and the next one goes by them. Nothing happens when it does already.
+
+        Returns:
+            Why it cannot (`upgrading.hindrance`); empty when it can.
+        """
+        await self._started()
+        why = hindrance(self._options, options)
+        if why or shared(self._options) == shared(options):
+            return why
+        log.warning("other options are taken over: version %s becomes %s", version(self._options), version(options))
+        own = replace(options, cluster=replace(options.cluster, namespace=self._options.cluster.namespace))
+        for rounds in [*self._rounds, *([self._loop] if self._loop else [])]:
+            rounds.cancel()
+        await asyncio.to_thread(self._scaler.hand_over, self._options, own)
+        await asyncio.to_thread(self._memory.become, own, tenants)
+        asyncio.get_running_loop().call_later(LAST_ANSWER_S, os._exit, 1)
+        return ""
 
     async def view(self, holder: str) -> dict[str, Any]:
         """Fields of `driver.ClusterView`; renews the lease of `holder`."""

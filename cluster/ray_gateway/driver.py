@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from ...worker.protocol import ReplicaLost
 from ..autoscaling_setup import most_replicas
 from ..controller import ReplicaState
 from ..tenants import TenantLimits
-from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, first_line, remote_class
+from ..upgrading import shared
+from .calls import CALL_TIMEOUT_S, CONTROLLER_NAME, first_line, ray_, remote_class
 from .controller_actor import MAX_CONCURRENCY, ControllerActor
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing large goes through it
 CONTROLLER_TIMEOUT_S = 60.0  # to be placed and started
 RELEASE_TIMEOUT_S = 30.0  # to end all replicas
+BECOME_POLL_S = 0.2
 LOCAL_STARTS = 3  # of Ray, which gives its own node 30 s and then up: too few on a machine with too much to do
 LOCAL_CPUS = 4  # at least; they are only Ray's bookkeeping
 HASH_KEY_BYTES = 32
@@ -68,6 +71,7 @@ class Lease:
 
     def __init__(self, options: QuireOptions, tenants: tuple[TenantLimits, ...], holder: str) -> None:
         self._options = options
+        self._tenants = tenants
         self._holder = holder
         actor = remote_class(
             ControllerActor,
@@ -90,6 +94,29 @@ class Lease:
         theirs: QuireOptions = ray.get(self._controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
         if not same_service(theirs, self._options):
             raise ValueError(f"namespace {self._options.cluster.namespace!r} of this Ray cluster already serves another configuration")
+
+    def become(self) -> None:
+        """Makes the controller, if it was there already, go by these options; running streams go on. Returns when it does.
+
+        Raises:
+            ValueError: it serves what these options do not; says what changes.
+            ReplicaLost: it did not take them over in time.
+        """
+        deadline_s = time.monotonic() + CONTROLLER_TIMEOUT_S
+        while True:
+            try:
+                why = ray.get(self._controller.become.remote(self._options, self._tenants), timeout=CALL_TIMEOUT_S)
+                if why:
+                    raise ValueError(f"namespace {self._options.cluster.namespace!r} of this Ray cluster serves what this is not: {why}")
+                theirs: QuireOptions = ray.get(self._controller.options.remote(), timeout=CALL_TIMEOUT_S)
+                if shared(theirs) == shared(self._options):
+                    return
+                error = "it still goes by other options"
+            except RayError as failed:  # it starts, or starts again
+                error = first_line(failed)
+            if time.monotonic() > deadline_s:
+                raise ReplicaLost(f"the controller does not take the options over: {error}")
+            time.sleep(BECOME_POLL_S)
 
     def view(self) -> ClusterView:
         """The replicas, at last word. Renews the lease.
@@ -129,13 +156,29 @@ class Cluster:
 
 
 def serves(namespace: str) -> QuireOptions | None:
-    """The options of the controller in a namespace; None when there is none."""
-    try:
-        controller = ray.get_actor(CONTROLLER_NAME, namespace)
-    except ValueError:
-        return None
-    theirs: Any = ray.get(controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
-    return theirs if isinstance(theirs, QuireOptions) else None
+    """The options of the controller in a namespace; None when there is none. Waits for one that starts again.
+
+    Raises:
+        ReplicaLost: it does not answer.
+    """
+    deadline_s = time.monotonic() + CONTROLLER_TIMEOUT_S
+    while True:
+        try:
+            controller = ray.get_actor(CONTROLLER_NAME, namespace)
+            theirs: Any = ray.get(controller.options.remote(), timeout=CONTROLLER_TIMEOUT_S)
+        except ValueError:
+            return None
+        except RayError as error:
+            if time.monotonic() > deadline_s:
+                raise ReplicaLost(f"the controller of {namespace} does not answer: {first_line(error)}") from error
+            time.sleep(BECOME_POLL_S)
+        else:
+            return theirs if isinstance(theirs, QuireOptions) else None
+
+
+def namespaces() -> list[str]:
+    """Where there is a controller on this Ray cluster."""
+    return sorted(row["namespace"] for row in ray_.util.list_named_actors(all_namespaces=True) if row["name"] == CONTROLLER_NAME)
 
 
 def same_service(one: QuireOptions, other: QuireOptions) -> bool:

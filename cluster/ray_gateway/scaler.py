@@ -26,7 +26,8 @@ from ..controller import DRAINED, Controller, Replica, ReplicaState
 from ..global_scheduler import GlobalScheduler
 from ..messages import AdmitRequest
 from ..routing import Router
-from ..scale_in import cheapest_to_empty, idle
+from ..scale_in import cheapest_to_empty, idle, least_held
+from ..upgrading import PLACE_PATIENCE_S, Fleet, Step, next_step, number_after
 from .calls import LifeName
 from .memory import Memory, Remembered
 from .movers import Movers
@@ -84,9 +85,14 @@ class Scaler:
         """Goes on where a controller before this one has stopped. Blocks."""
         found = self._memory.load()
         if found is not None:
-            self._table.restore(found.staying, found.leaving)
+            self._table.restore(found.staying, found.leaving, dict(found.versions))
             self._target, self._by_hand = found.target, found.by_hand
             self._model = ModelInfo(*found.model) if found.model else None
+
+    def hand_over(self, options: QuireOptions, become: QuireOptions) -> None:
+        """Saves the table for a controller that goes by other options. Blocks."""
+        self._target, self._by_hand = number_after(options, become, self._target, self._by_hand)
+        self._memory.save(self._to_remember())
 
     def came(self, request: AdmitRequest, now_s: float) -> None:
         """A request has come."""
@@ -132,6 +138,7 @@ class Scaler:
             "not_ready": waits,
             "leaving": {r.replica_id: self._movers.books.drained(r.replica_id).moves for r in self._table.leaving()},
             "stays_because": self._why_not,
+            "outdated": [r.replica_id for r in self._table.staying() if self._table.outdated(r)],
             "limits": {"min": self._limits.min_replicas, "max": self._limits.most, "gpu_budget": self._limits.gpu_budget},
             "latest": self._latest.as_json() if self._latest else None,
             "decisions": [decision.as_json() for decision in self._kept],
@@ -189,21 +196,27 @@ class Scaler:
         log.log(logging.INFO if news else logging.DEBUG, "replicas: %s", json.dumps(decision.as_json()))
 
     async def _settle(self, now_s: float) -> None:
-        """Brings the table to the target, and those that leave to their end."""
-        while len(self._table.staying()) < self._target:
-            back = next((r for r in self._table.leaving() if r.state is ReplicaState.READY), None)
+        """Brings the table to the target, and to one version, and those that leave to their end."""
+        step = self._step(now_s)
+        wanted = len(self._table.staying()) + step.come
+        while len(self._table.staying()) < wanted:
+            back = next((r for r in self._table.leaving() if r.state is ReplicaState.READY and not self._table.outdated(r)), None)
             if back is None:
                 log.info("%s is to come", self._table.add(now_s))
             else:
                 self._table.leave(back.replica_id, False)
-        while len(self._table.staying()) > self._target and self._knows(now_s) and (replica := self._victim()) is not None:
+        if step.go == 0:
+            self._why_not = ""
+        for _ in range(step.go):
+            replica = self._victim(step) if self._knows(now_s) else None
+            if replica is None:
+                break
+            self._why_not = ""
             log.info("%s is to go", replica.replica_id)
             if replica.state in (ReplicaState.STARTING, ReplicaState.DEAD):
                 self._table.remove(replica.replica_id)
             else:
                 self._table.leave(replica.replica_id)
-        if len(self._table.staying()) <= self._target:
-            self._why_not = ""
         for replica in self._table.staying():
             if LifeName(replica.replica_id, replica.epoch) in self._told:
                 await self._empty(replica.replica_id, False)
@@ -227,15 +240,32 @@ class Scaler:
             else:
                 self._empty_since_s.pop(life, None)
 
-    def _victim(self) -> Replica | None:
-        """Who goes: what has not come yet, the latest first, else the cheapest to empty."""
+    def _step(self, now_s: float) -> Step:
+        """How many come and go."""
         staying = self._table.staying()
+        new = [r for r in staying if not self._table.outdated(r)]
+        if len(new) == len(staying):
+            return Step(max(self._target - len(new), 0), max(len(new) - self._target, 0), if_it_fits=True)
+        ready = sum(r.state in (ReplicaState.READY, ReplicaState.SUSPECT) for r in new)
+        waits = any(r.state is ReplicaState.STARTING and r.reason and now_s - r.since_s > PLACE_PATIENCE_S for r in new)
+        budget, each = self._limits.gpu_budget, self._limits.gpus_per_replica
+        most = None if budget is None else budget // each
+        fleet = Fleet(self._target, most, ready, len(new) - ready, len(staying) - len(new), len(self._table.leaving()), waits)
+        return next_step(fleet)
+
+    def _victim(self, step: Step) -> Replica | None:
+        """Who goes, of the outdated ones if there are any: what has not come yet, the latest first, else the cheapest to empty."""
+        staying = self._table.staying()
+        staying = [r for r in staying if self._table.outdated(r)] or staying
         absent = [r for r in staying if r.state in (ReplicaState.STARTING, ReplicaState.DEAD)]
         if absent:
             return absent[-1]
         leaving = {r.replica_id for r in self._table.leaving()}
         places = [p._replace(draining=p.draining or p.route.replica_id in leaving) for p in self._movers.places()]
-        place = cheapest_to_empty(places) or (idle(places) if self._target == 0 else None)
+        among = {r.replica_id for r in staying}
+        place = cheapest_to_empty(places, among) or (idle(places) if self._target == 0 else None)
+        if place is None and not step.if_it_fits:  # there are others instead; what does not fit there ends where it is
+            place = least_held(places, among)
         self._why_not = "" if place else "what runs would not fit into the others"
         return self._table.replica(place.route.replica_id) if place else None
 
@@ -293,7 +323,8 @@ class Scaler:
     def _to_remember(self) -> Remembered:
         staying = tuple(r.replica_id for r in self._table.staying())
         leaving = tuple(r.replica_id for r in self._table.leaving())
-        return Remembered(self._target, staying, leaving, self._by_hand, tuple(self._model) if self._model else None)
+        versions = tuple((r.replica_id, r.version) for r in self._table.replicas())
+        return Remembered(self._target, staying, leaving, self._by_hand, tuple(self._model) if self._model else None, versions)
 
 
 def _worst(seen: Iterable[Percentiles | None]) -> Percentiles | None:

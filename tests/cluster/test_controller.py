@@ -255,10 +255,21 @@ def test_one_that_leaves_is_not_started_again_unless_it_stays() -> None:
 
 def test_a_controller_that_begins_anew_has_the_replicas_of_the_one_before() -> None:
     controller = table(1)
-    controller.restore((A, "replica-4"), (B,))
+    controller.restore((A, "replica-4"), (B,), {})
     assert [r.replica_id for r in controller.staying()] == [A, "replica-4"]
     assert [r.replica_id for r in controller.leaving()] == [B]
     assert controller.adopt(B, 7, 0.0)
+
+
+def test_a_replica_is_outdated_until_a_life_of_the_present_version_begins() -> None:
+    controller = Controller(1, START_TIMEOUT_S, "new")
+    controller.restore((A, B, "replica-2"), (), {A: "old", B: "new"})
+    assert [controller.outdated(r) for r in controller.replicas()] == [True, False, False]
+    controller.adopt(A, 7, 0.0)
+    assert [controller.outdated(r) for r in controller.replicas()] == [True, False, False]
+    controller.died(A, 7, "killed", 1.0)
+    controller.begin(A, 8, 2.0)
+    assert [(r.version, controller.outdated(r)) for r in controller.replicas()] == [("new", False), ("new", False), ("", False)]
 
 
 def test_how_long_one_has_been_missing() -> None:

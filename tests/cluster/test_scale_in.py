@@ -8,7 +8,7 @@ import pytest
 
 from quire.cluster.messages import Route
 from quire.cluster.rebalancing import Place, Role
-from quire.cluster.scale_in import cheapest_to_empty
+from quire.cluster.scale_in import cheapest_to_empty, least_held
 
 
 def at(number: int, left: int, running: int = 4, **more: object) -> Place:
@@ -42,3 +42,20 @@ def test_goes(name: str) -> None:
     places, goes = CASES[name]
     found = cheapest_to_empty(places)
     assert (found and found.route.replica_id) == (None if goes is None else f"replica-{goes}")
+
+
+def test_among_some() -> None:
+    places = [at(0, 60), at(1, 70), at(2, 50)]
+    found = cheapest_to_empty(places, {"replica-0", "replica-2"})
+    assert found is not None
+    assert found.route.replica_id == "replica-0"
+    assert cheapest_to_empty(places, set()) is None
+
+
+def test_the_least_held_goes_even_where_nothing_fits() -> None:
+    places = [at(0, 30), at(1, 40), at(2, 10), at(3, 90, draining=True)]
+    assert cheapest_to_empty(places) is None
+    found = least_held(places, {"replica-0", "replica-2", "replica-3"})
+    assert found is not None
+    assert found.route.replica_id == "replica-0"
+    assert least_held(places, set()) is None

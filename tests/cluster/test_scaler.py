@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from test_movers import INFO, Cluster, play
 
 from quire.cluster.admin import NotNow
+from quire.cluster.controller import Report
 from quire.cluster.messages import AdmitRequest
 from quire.cluster.ray_gateway.memory import Remembered
 from quire.cluster.ray_gateway.scaler import LINGER_S, LOOK_AROUND_S, Scaler
 from quire.worker.config import AutoscalingOptions, ClusterOptions, QuireOptions
-from quire.worker.protocol import EventFrame
+from quire.worker.protocol import EventFrame, ReplicaLoad
 
 
 class Memory:
@@ -150,7 +152,7 @@ def test_a_controller_that_begins_anew_knows_the_number_and_touches_nothing_that
         town.scaler.scale(1)
         await town.look(1.0)
         saved = town.memory.saved
-        assert saved == Remembered(1, ("replica-0",), ("replica-1",), True, saved.model)
+        assert saved == Remembered(1, ("replica-0",), ("replica-1",), True, saved.model, (("replica-0", ""), ("replica-1", "")))
         town = Town(saved=saved)
         town.scaler.restore()
         for name in ("replica-0", "replica-1"):
@@ -213,5 +215,82 @@ def test_while_there_are_to_be_none_it_says_what_would_be_served() -> None:
         await town.look(12.0)
         assert town.table.due(12.0) == ["replica-0"]
         assert town.scaler.asleep() is None
+
+    play(scenario)
+
+
+def ready(town: Town, name: str) -> None:
+    """A replica that has come becomes ready, and holds nothing."""
+    epoch = town.table.begin(name, 1, 0.0)
+    town.table.reported(Report(name, epoch, 1, "n", 0, 0, {}, None, INFO, None), 0.0)
+    load = ReplicaLoad(0, 0, 100, 100, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 1)
+    town.router.add(name, epoch, INFO)
+    town.table.heard(name, epoch, 0.0, load)
+    town.scheduler.events(EventFrame(name, epoch, 0, 1, True, (), (), (), (), {}, load), 0.0)
+
+
+def test_replicas_of_another_version_are_replaced_one_by_one() -> None:
+    async def scenario() -> None:
+        town = Town(active=40)
+        town.table._version = "new"
+        for name in ("replica-0", "replica-1"):
+            town.table.replica(name).version = "old"  # type: ignore[union-attr]
+        await town.look(1.0)
+        assert town.names() == ["replica-0", "replica-1", "replica-2"]
+        assert town.scaler.view()["outdated"] == ["replica-0", "replica-1"]
+        await town.look(2.0)
+        assert town.table.leaving() == []  # the new one does not serve yet
+        ready(town, "replica-2")
+        await town.look(3.0)
+        assert [r.replica_id for r in town.table.leaving()] == ["replica-1"]  # it holds less
+        await town.look(4.0)
+        await town.look(4.0 + LINGER_S)
+        await town.look(6.0)
+        assert town.names() == ["replica-0", "replica-1", "replica-2"]  # the second of the new ones has the number that is free
+        ready(town, "replica-1")
+        await town.look(7.0)
+        assert town.leaders[0].asked("drain") == [(True,)]
+        town.empties("replica-0")
+        await town.look(8.0)
+        await town.look(8.0 + LINGER_S)
+        assert town.names() == ["replica-1", "replica-2"]
+        assert town.scaler.view()["outdated"] == []
+        assert dict(town.memory.saved.versions) == {"replica-1": "new", "replica-2": "new"}
+
+    play(scenario)
+
+
+def test_what_fits_nowhere_ends_on_the_old_replica() -> None:
+    async def scenario() -> None:
+        town = Town(active=80)
+        town.table.remove("replica-1")
+        town.router.remove("replica-1", 1)
+        town.scaler.scale(1)
+        town.table._version = "new"
+        town.table.replica("replica-0").version = "old"  # type: ignore[union-attr]
+        await town.look(1.0)
+        ready(town, "replica-1")
+        small = ReplicaLoad(0, 0, 10, 10, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 1)
+        epoch = town.table.replica("replica-1").epoch  # type: ignore[union-attr]
+        town.scheduler.events(EventFrame("replica-1", epoch, 1, 2, True, (), (), (), (), {}, small), 0.0)
+        await town.look(2.0)
+        assert [r.replica_id for r in town.table.leaving()] == ["replica-0"]
+        await town.look(60.0)
+        assert town.names() == ["replica-0", "replica-1"]
+        town.empties("replica-0")
+        await town.look(61.0)
+        await town.look(61.0 + LINGER_S)
+        assert town.names() == ["replica-1"]
+
+    play(scenario)
+
+
+def test_a_controller_of_other_options_finds_the_number_that_they_ask_for() -> None:
+    async def scenario() -> None:
+        town = Town(active=40)
+        town.scaler.scale(1)
+        options = QuireOptions(cluster=ClusterOptions(replicas=2))
+        town.scaler.hand_over(options, replace(options, cluster=ClusterOptions(replicas=3)))
+        assert (town.memory.saved.target, town.memory.saved.by_hand) == (3, False)
 
     play(scenario)

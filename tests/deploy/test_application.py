@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from quire.deploy.application import Arguments, models_of
-from quire.worker.options import OptionError
+from quire.cluster.upgrading import hindrance, shared, version
+from quire.deploy.application import Arguments, ModelArguments, models_of
+from quire.deploy.options import options
+from quire.worker.config import AutoscalingOptions, LimitOptions, QuireOptions
+from quire.worker.options import OptionError, assemble
 
 
 def models(*given: dict[str, Any], **options: Any) -> Any:
@@ -70,3 +76,57 @@ def test_the_application_is_built_and_nothing_is_started():
     assert build({})._bound_deployment._deployment_config.user_config is None
     with pytest.raises(OptionError, match="models: B: name"):
         build({"models": [{"name": "B"}]})
+
+
+DOC = Path(__file__).parents[2] / "docs" / "ray-serve.md"
+
+
+def test_the_page_shows_the_arguments_and_an_example_that_builds() -> None:
+    text = DOC.read_text()
+    fields = {*Arguments.model_fields, *(f"models[].{name}" for name in ModelArguments.model_fields)}
+    assert set(re.findall(r"^\| `([a-z.\[\]]+)` \|", text, re.MULTILINE)) == fields
+    example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert example
+    (app,) = yaml.safe_load(example[1])["applications"]
+    assert list(models_of(Arguments.model_validate(app["deployments"][0]["user_config"]))) == ["small"]
+
+
+def test_the_page_says_which_options_are_not_here() -> None:
+    refused = re.search(r"Options that a process of `quire serve` has and this has not are refused: (.*?)\n\n", DOC.read_text(), re.DOTALL)
+    assert refused
+    named = {name.replace("-", "_") for name in re.findall(r"`([a-z-]+)`", refused[1])}
+    assert named == {
+        "host",
+        "port",
+        "ingresses",
+        "ray_address",
+        "namespace",
+        "served_model_name",
+        "admin_host",
+        "admin_port",
+        "admin_token",
+    }
+    for name in named:
+        with pytest.raises(OptionError, match="there is no such option here"):
+            models({"name": "a", "options": {name: 1}})
+
+
+def test_the_page_says_what_each_option_does_in_an_upgrade() -> None:
+    said = {}
+    for start in ("the controller's options", "the replicas' options", "what pages"):
+        row = re.search(rf"^\| {start}[^|]*\|", DOC.read_text(), re.MULTILINE)
+        assert row
+        said[start] = {name.replace("-", "_") for name in re.findall(r"`([a-z-]+)`", row[0])}
+    is_so: dict[str, set[str]] = {start: set() for start in said}
+    old = QuireOptions()
+    for option in options():
+        new = assemble(old, {option.path: "another value"})
+        if option.name == "prefill_replicas" or option.owner in (LimitOptions, AutoscalingOptions) or shared(old) == shared(new):
+            continue
+        kind = (
+            "what pages" if hindrance(old, new) else "the replicas' options" if version(old) != version(new) else "the controller's options"
+        )
+        is_so[kind].add(option.name)
+    is_so["what pages"] -= {"served_model_name"}
+    is_so["the controller's options"] -= {"seed"}
+    assert said == is_so

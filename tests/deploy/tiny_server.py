@@ -21,7 +21,7 @@ READY_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 120.0
 
 
-def save_tiny_model(path: Path, max_model_len: int = 8192) -> None:
+def save_tiny_model(path: Path, max_model_len: int = 8192, seed: int = 0) -> None:
     """A Llama of 40,000 weights, and a tokenizer with one token for each byte."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -31,7 +31,7 @@ def save_tiny_model(path: Path, max_model_len: int = 8192) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=32,
