@@ -304,7 +304,8 @@ class AdminPort(Protocol):
 
     async def autoscaling(self) -> dict[str, Any]:
         """The number of replicas: autoscaler, by_hand, target, ready, not_ready (replica id -> why), leaving (replica id -> requests
-        that have moved), stays_because (why too many are left), limits, latest, and the last decisions with their inputs."""
+        that have moved), stays_because (why too many are left), outdated (replicas that are to be replaced), limits, latest, and the last
+        decisions with their inputs."""
         ...
 
     async def set_log_level(self, level: str) -> None:

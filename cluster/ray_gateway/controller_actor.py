@@ -65,6 +65,7 @@ class ControllerActor:
         options, tenants = self._memory.options() or (options, tenants)
         cluster = options.cluster
         self._options = options
+        self._becomes = shared(options)
         self._hash_key = hash_key
         self._table = Controller(replicas_at_first(options), cluster.start_timeout_s, version(options))
         self._table.renew("start", time.monotonic() + LEASE_S)
@@ -151,8 +152,9 @@ class ControllerActor:
         """
         await self._started()
         why = hindrance(self._options, options)
-        if why or shared(self._options) == shared(options):
+        if why or shared(options) == self._becomes:
             return why
+        self._becomes = shared(options)
         log.warning("other options are taken over: version %s becomes %s", version(self._options), version(options))
         own = replace(options, cluster=replace(options.cluster, namespace=self._options.cluster.namespace))
         for rounds in [*self._rounds, *([self._loop] if self._loop else [])]:

@@ -109,9 +109,10 @@ def test_the_next_step(name: str) -> None:
     assert next_step(fleet) == step
 
 
-@pytest.mark.parametrize("most", [None, 1, 2, 3, 8])
+@pytest.mark.parametrize("spare", [None, 0, 1, 4])
 @pytest.mark.parametrize("target", [1, 2, 3, 5])
-def test_it_ends_with_as_many_new_ones_and_at_no_time_too_few(target: int, most: int | None) -> None:
+def test_it_ends_with_as_many_new_ones_and_at_no_time_too_few(target: int, spare: int | None) -> None:
+    most = None if spare is None else target + spare
     fleet = Fleet(target, most, 0, 0, target, 0)
     for _ in range(6 * target + 2):
         if fleet == Fleet(target, most, target, 0, 0, 0):

@@ -172,7 +172,7 @@ def test_the_shipped_configurations_serve(ray: Ray, root: Path) -> None:
 
 
 def test_a_composed_deployment_asks_without_http(ray: Ray, root: Path) -> None:
-    ray.deploy(tiny(ray, root, 512))
+    ray.deploy(tiny(ray, root, 20_000))
     until(lambda: httpx.get(f"{ray.url}/v1/models").json()["data"][0]["id"] == "tiny")
     got = httpx.post(f"{ray.url}/composed", json={"prompt": "A quire is"}, timeout=UP_S).json()
     over_http = httpx.post(f"{ray.url}/v1/completions", json={"prompt": "A quire is", "max_tokens": 12, "temperature": 0}, timeout=UP_S)
@@ -197,7 +197,12 @@ class Streams:
     async def begin(self) -> None:
         """Returns when each has said something."""
         self._tasks = [asyncio.create_task(self._follow(i)) for i in range(len(self.bodies))]
-        await asyncio.gather(*(event.wait() for event in self._begun))
+        begun = asyncio.gather(*(event.wait() for event in self._begun))
+        await asyncio.wait([begun, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in self._tasks:
+            if task.done():
+                task.result()
+        assert begun.done()
 
     async def stop(self, more: int) -> list[str]:
         """Their texts, when each has gone on for so many characters."""
