@@ -53,7 +53,6 @@ def test_ops_by_name():
     assert isinstance(backend.ops_of(ModelOptions(), "triton"), TritonOps)
 
 
-@pytest.mark.slow
 def test_the_engine_on_triton_gives_the_tokens_of_torch(tmp_path: Path):
     """Prefill in chunks, decode, mixed steps, a shared prefix, and a pool so small that a sequence is preempted."""
     tiny_checkpoint(tmp_path)

@@ -52,7 +52,6 @@ def test_a_model_computes_with_the_nearest_e4m3_values(checkpoint: Path) -> None
     assert error(found, logits(checkpoint, reference, torch.float32)) > 1e-2  # what eight bits cost, so the line above says something
 
 
-@pytest.mark.slow
 def test_an_engine_keeps_a_byte_for_each_number_and_swaps_it(checkpoint: Path) -> None:
     prompts = [[(7 * i + j) % 97 for j in range(n)] for i, n in enumerate((14, 3, 15))]
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
