@@ -171,7 +171,7 @@ def test_an_operator_restarts_a_replica_and_sees_its_pages(cluster: ray_gateway.
     async def scenario() -> None:
         port = ray_gateway.AdminPort(NAMESPACE)
         maps = await port.page_maps()
-        assert {name: len(pages) for name, pages in maps.items()} == {"replica-0": 512, "replica-1": 512}
+        assert {name: len(pages.device) for name, pages in maps.items()} == {"replica-0": 512, "replica-1": 512}
         assert await port.decisions() == {"replica-0": [], "replica-1": []}
         with pytest.raises(UnknownReplica):
             await port.restart("replica-7")

@@ -60,6 +60,10 @@ def kill(server: Serve, pid: int) -> None:
     process = next(p for p in descendants(server.process.pid) if p.pid == pid)
     os.kill(pid, signal.SIGKILL)
     end([process], WAIT_S)
+    deadline_s = time.monotonic() + WAIT_S
+    while Path(f"/proc/{pid}").exists():  # a zombie's threads may still be there, and hold its sockets
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def complete(url: str, **body: object) -> httpx.Response:
