@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
+from serving import WAIT_S, Count, ScriptRunner, ServerThread, script_engine
 
-from quire.deploy.api import answer
+from quire.deploy.api import http_server
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.text.tokenizer import Tokenizer
 
@@ -59,16 +59,42 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_pages_in_two_steps(scripte
     is_clean(scripted)
 
 
-def test_a_client_that_stops_reading_is_given_up(scripted: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "SEND_TIMEOUT_S", 0.05)
+@pytest.fixture
+def lost(scripted: ServerThread, monkeypatch: pytest.MonkeyPatch) -> Count:
+    """Connections that the server has let go; it gives clients up quickly, and the kernel keeps little for them."""
+    count, super_lost = Count(), http_server.BoundedHttp.connection_lost
+
+    def connection_lost(self: http_server.BoundedHttp, error: Exception | None) -> None:
+        super_lost(self, error)
+        count.add()
+
+    monkeypatch.setattr(http_server, "READ_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server.BoundedHttp, "connection_lost", connection_lost)
+    scripted.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of every connection from now on
+    return count
+
+
+def ask_and_do_not_read(server: ServerThread, connection: socket.socket, route: str, body: bytes, more_head: str = "") -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(f"POST {route} HTTP/1.1\r\nHost: x\r\n{more_head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def test_a_client_that_stops_reading_is_given_up(scripted: ServerThread, lost: Count, caplog: pytest.LogCaptureFixture) -> None:
     body = json.dumps({**LONG, "n": 64, "logprobs": 2, "stream": True}).encode()
-    scripted.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of every connection from now on: full at once
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", scripted.port))
-        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        ask_and_do_not_read(scripted, connection, "/v1/completions", body)
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        lost.wait()
         is_clean(scripted)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("more_head", ["", "Connection: close\r\n"])
+def test_a_client_that_never_reads_a_whole_answer_is_given_up(scripted: ServerThread, lost: Count, more_head: str) -> None:
+    with socket.socket() as connection:
+        ask_and_do_not_read(scripted, connection, "/detokenize", json.dumps({"tokens": [1000] * 100_000}).encode(), more_head)
+        lost.wait()
 
 
 def test_a_lost_replica_before_the_first_token_is_a_503(scripted: ServerThread, script: ScriptRunner) -> None:

@@ -148,6 +148,42 @@ def test_a_slow_head_is_cut_off(scripted: ServerThread, monkeypatch: pytest.Monk
     assert raw(scripted, b"GET /live HTTP/1.1\r\nHost:") == b""
 
 
+@pytest.mark.parametrize(("request_head", "after"), [(b"", b"\r\n"), (b"Content-Length: 9\r\n", b"x")])
+def test_what_is_no_request_does_not_keep_a_connection(
+    scripted: ServerThread, monkeypatch: pytest.MonkeyPatch, request_head: bytes, after: bytes
+) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
+    with socket.create_connection(("127.0.0.1", scripted.port), timeout=25) as connection:
+        connection.sendall(b"GET /nothing HTTP/1.1\r\nHost: a\r\n" + request_head + b"\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(after)
+        while connection.recv(65536):
+            pass
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_offer_of_http_2_is_declined_and_nothing_is_lost(scripted: ServerThread, chunked: bool, step: int) -> None:
+    body = b'{"tokens": [81, 190, 82]}'
+    length = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(body)
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    asked = b"POST /detokenize HTTP/1.1\r\nHost: a\r\n" + H2C + length + b"\r\n" + sent
+    last = b"GET /live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    data = asked + asked + b"GET /live HTTP/1.1\r\nHost: a\r\n" + H2C + b"\r\n" + last
+    with socket.create_connection(("127.0.0.1", scripted.port), timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(data), step):
+            connection.sendall(data[start : start + step])
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    assert received.count(b"HTTP/1.1 200") == 4, received
+    assert received.count(b'{"prompt":"') == 2
+
+
 def test_health_follows_the_engine(scripted: ServerThread) -> None:
     assert httpx.get(scripted.url + "/health", timeout=WAIT_S).status_code == 200
     try:
