@@ -23,7 +23,7 @@ from .errors import CLIENT_GONE, ApiError, as_api_error
 from .generation import ChoiceDelta, Generation, Presentation
 from .lifecycle import Lifecycle, shutting_down
 from .reply import DONE, Reply, error_event
-from .schemas import SamplingBody
+from .schemas import SamplingBody, ToldUsage
 from .urgency import read_urgency
 
 Result = TypeVar("Result")
@@ -143,7 +143,8 @@ class EventStream(Response):
             last: bytes | None
             try:
                 await while_wanted(self._pump(send), receive, self._lifecycle)
-                last = self._reply.usage_event(self._generation.usage) + DONE if self._reply.include_usage else DONE
+                silent = self._reply.told_usage is ToldUsage.NEVER
+                last = DONE if silent else self._reply.usage_event(self._generation.usage) + DONE
             except (ApiError, QuireError) as error:
                 told = error if isinstance(error, ApiError) else as_api_error(error)
                 self._account.failed(told)
@@ -153,11 +154,14 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         """`send` waits for a client that reads slowly; the server bounds that."""
-        await send({"type": "http.response.body", "body": self._reply.events(self._first), "more_body": True})
+        await send({"type": "http.response.body", "body": self._events(self._first), "more_body": True})
         async for delta in self._generation:
-            events = self._reply.events(delta)
+            events = self._events(delta)
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
+
+    def _events(self, delta: ChoiceDelta) -> bytes:
+        return self._reply.events(delta, self._generation.usage if self._reply.told_usage is ToldUsage.ALWAYS else None)
 
 
 async def while_wanted(work: Coroutine[Any, Any, Result], receive: Receive, lifecycle: Lifecycle) -> Result:

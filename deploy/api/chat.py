@@ -15,7 +15,7 @@ from .generation import ChoiceDelta
 from .logprobs import chat_logprobs
 from .messages import read_messages
 from .reply import Reply, json_string
-from .schemas import ChatBody
+from .schemas import ChatBody, ToldUsage
 
 router = APIRouter()
 
@@ -29,16 +29,12 @@ async def chat_completions(request: Request) -> Response:
     asked = Asked(
         request_id=api.new_id("chatcmpl"),
         prompts=(await _prompt(api, body),),
-        params=body.sampling(max_tokens=_max_tokens(body), logprobs=_logprobs(body)),
+        params=body.sampling(max_tokens=body.longest(None), logprobs=_logprobs(body)),
         options=body,
         shown=present(api, body),
-        names={
-            "prompt": "messages",
-            "logprobs": "top_logprobs",
-            "max_tokens": "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
-        },
+        names={"prompt": "messages", "logprobs": "top_logprobs", **body.names},
     )
-    reply = ChatReply(asked.request_id, api, body.include_usage)
+    reply = ChatReply(asked.request_id, api, body.told_usage)
     return await answer(request, asked, reply)
 
 
@@ -48,14 +44,8 @@ async def _prompt(api: Api, body: ChatBody) -> tuple[int, ...]:
     return await api.text.encode(text, body.add_special_tokens, field="messages")
 
 
-def _max_tokens(body: ChatBody) -> int | None:
-    if body.max_completion_tokens is not None and body.max_tokens not in (None, body.max_completion_tokens):
-        raise BadRequest("max_tokens", "differs from max_completion_tokens; give one of them")
-    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-
-
 def _logprobs(body: ChatBody) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs", "needs logprobs=true")
     return (body.top_logprobs or 0) if body.logprobs else None
 
@@ -66,8 +56,8 @@ class ChatReply(Reply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, request_id: str, api: Api, include_usage: bool) -> None:
-        super().__init__(request_id, api.info.name, api.fingerprint, include_usage)
+    def __init__(self, request_id: str, api: Api, told_usage: ToldUsage) -> None:
+        super().__init__(request_id, api.info.name, api.fingerprint, told_usage)
         self._tokenizer = api.text.tokenizer
         self._begun: set[int] = set()
         self._deltas: dict[int, list[ChoiceDelta]] = {}

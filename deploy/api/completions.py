@@ -15,7 +15,7 @@ from .context import Api
 from .generation import ChoiceDelta
 from .logprobs import completion_logprobs, joined, prompt_logprobs
 from .reply import Reply, json_string
-from .schemas import CompletionBody
+from .schemas import COMPLETION_MAX_TOKENS, CompletionBody, ToldUsage
 
 router = APIRouter()
 
@@ -30,18 +30,19 @@ async def completions(request: Request) -> Response:
     api.check_model(body.model)
     prompts = read_prompts(body.prompt, api.limits.max_prompts)
     ids = await api.text.encode_all(prompts, body.add_special_tokens, field="prompt")
-    params = body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
-    only_prompt = body.echo and body.max_tokens == 0  # scoring: one token is drawn, because a step does, and thrown away
+    longest = body.longest(COMPLETION_MAX_TOKENS)
+    params = body.sampling(max_tokens=longest, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    only_prompt = body.echo and longest == 0  # scoring: one token is drawn, because a step does, and thrown away
     asked = Asked(
         request_id=api.new_id("cmpl"),
         prompts=tuple(ids),
         params=replace(params, max_tokens=1, min_tokens=0) if only_prompt else params,
         options=body,
-        names={"prompt_logprobs": "logprobs"},
+        names={"prompt_logprobs": "logprobs", **body.names},
         shown=present(api, body, continues=True, discard_output=only_prompt),
     )
     echoes = await api.text.texts(prompts) if body.echo else None
-    reply = CompletionReply(asked, api, body.include_usage, echoes)
+    reply = CompletionReply(asked, api, body.told_usage, echoes)
     return await answer(request, asked, reply)
 
 
@@ -76,8 +77,8 @@ class CompletionReply(Reply):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, asked: Asked, api: Api, include_usage: bool, echoes: list[str] | None) -> None:
-        super().__init__(asked.request_id, api.info.name, api.fingerprint, include_usage)
+    def __init__(self, asked: Asked, api: Api, told_usage: ToldUsage, echoes: list[str] | None) -> None:
+        super().__init__(asked.request_id, api.info.name, api.fingerprint, told_usage)
         self._asked = asked
         self._tokenizer = api.text.tokenizer
         self._echoes = echoes
@@ -86,10 +87,13 @@ class CompletionReply(Reply):
         self._parts: dict[int, list[dict[str, Any]]] = {}
 
     def chunks(self, delta: ChoiceDelta) -> list[str]:
-        if (delta.choice in self._begun or self._echoes is None) and delta.logprobs is None and delta.finish is None:
-            text = json_string(delta.text)
-            return [f'{{"index": {delta.choice}, "text": {text}, "logprobs": null, "finish_reason": null}}'] if delta.text else []
-        return [json.dumps(self._part(delta))]
+        """The first one also where it has no text yet: clients take its time for that of the first token."""
+        first = delta.choice not in self._begun
+        if (first and self._echoes is not None) or delta.logprobs is not None or delta.finish is not None:
+            return [json.dumps(self._part(delta))]
+        self._begun.add(delta.choice)
+        text = json_string(delta.text)
+        return [f'{{"index": {delta.choice}, "text": {text}, "logprobs": null, "finish_reason": null}}'] if delta.text or first else []
 
     def add(self, delta: ChoiceDelta) -> None:
         self._parts.setdefault(delta.choice, []).append(self._part(delta))

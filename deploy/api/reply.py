@@ -11,6 +11,7 @@ from json.encoder import encode_basestring as json_string  # C; text goes out as
 from typing import Any, ClassVar
 
 from .generation import ChoiceDelta, Usage
+from .schemas import ToldUsage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,15 +22,16 @@ class Reply:
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, request_id: str, model: str, fingerprint: str, include_usage: bool) -> None:
+    def __init__(self, request_id: str, model: str, fingerprint: str, told_usage: ToldUsage) -> None:
         self._envelope = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._head = "data: " + json.dumps({"object": self.chunk_object, **self._envelope})[:-1] + ', "choices": ['
-        self._tail = '], "usage": null}\n\n' if include_usage else "]}\n\n"
-        self.include_usage = include_usage
+        self._tail = "]}\n\n" if told_usage is ToldUsage.NEVER else '], "usage": null}\n\n'
+        self.told_usage = told_usage
 
-    def events(self, delta: ChoiceDelta) -> bytes:
-        """One or more server-sent events."""
-        return "".join([self._head + choice + self._tail for choice in self.chunks(delta)]).encode()
+    def events(self, delta: ChoiceDelta, so_far: Usage | None) -> bytes:
+        """One or more server-sent events; `so_far` is for `ToldUsage.ALWAYS`."""
+        tail = self._tail if so_far is None else f'], "usage": {json.dumps(so_far.body())}}}\n\n'
+        return "".join([self._head + choice + tail for choice in self.chunks(delta)]).encode()
 
     def usage_event(self, usage: Usage) -> bytes:
         """The last event before `[DONE]`, when the client asked for it."""

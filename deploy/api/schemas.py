@@ -5,6 +5,7 @@ Types are strict (no true for 1, no "1" for 1), numbers finite, integers of 64 b
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,11 +24,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class ToldUsage(Enum):
+    """Which chunks of a stream tell its usage."""
+
+    NEVER = auto()
+    LAST = auto()  # one after all choices have ended; the others say null
+    ALWAYS = auto()  # all: the usage so far
+
+
 class StreamOptions(Strict):
     """`stream_options`."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False  # padding against traffic analysis: accepted, not added
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: with include_usage, each chunk tells the usage so far
+    include_obfuscation: bool | None = None  # padding against traffic analysis: accepted, not added
 
 
 class SamplingBody(Strict):
@@ -36,6 +46,8 @@ class SamplingBody(Strict):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None  # its newer name in chat, which load generators also send to completions
     n: Int = 1
     temperature: Float = 1.0
     top_p: Float = 1.0
@@ -84,18 +96,34 @@ class SamplingBody(Strict):
             ignore_eos=self.ignore_eos,
         )
 
+    def longest(self, default: int | None) -> int | None:
+        """Output tokens at most, by either name.
+
+        Raises:
+            BadRequest: the two names say different things.
+        """
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise BadRequest("max_tokens", "differs from max_completion_tokens; give one of them")
+        return given.pop() if given else default
+
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def names(self) -> dict[str, str]:
+        """The engine's field -> the one that the client wrote, where they differ."""
+        return {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {}
+
+    @property
+    def told_usage(self) -> ToldUsage:
+        """Where a stream tells its usage."""
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return ToldUsage.NEVER
+        return ToldUsage.ALWAYS if self.stream_options.continuous_usage_stats else ToldUsage.LAST
 
 
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: list[Any]  # read by `messages.read_messages`
-    max_tokens: Int | None = None
-    max_completion_tokens: Int | None = None
     logprobs: bool = False
     top_logprobs: Int | None = None
     add_generation_prompt: bool = True
@@ -106,7 +134,6 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
     prompt: Any  # read by `completions.read_prompts`
-    max_tokens: Int = COMPLETION_MAX_TOKENS
     logprobs: Int | None = None
     echo: bool = False
     add_special_tokens: bool = True

@@ -41,6 +41,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "prompt_embeds": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
 
 IGNORED = frozenset(
@@ -54,6 +56,9 @@ IGNORED = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
+        "session_id",
+        "spaces_between_special_tokens",  # the tokenizers here have no such choice
+        "include_reasoning",  # there is none to leave out
     }
 )
 

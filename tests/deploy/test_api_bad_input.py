@@ -49,6 +49,9 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"logit_processors": ["x"]}, "logit_processors"),
     ({"model": 5}, "model"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": MANY}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
 ]
 CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
@@ -58,9 +61,6 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"max_completion_tokens": MANY}, "max_completion_tokens"),
-    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"prompt": "a"}, "prompt"),
 ]

@@ -8,7 +8,7 @@ from quire.deploy.api.body import parse
 from quire.deploy.api.completions import read_prompts
 from quire.deploy.api.errors import ApiError
 from quire.deploy.api.messages import read_messages
-from quire.deploy.api.schemas import ChatBody, CompletionBody
+from quire.deploy.api.schemas import ChatBody, CompletionBody, ToldUsage
 from quire.deploy.api.unsupported import IGNORED, NEUTRAL
 from quire.worker.protocol import BadRequest, SamplingParams
 
@@ -94,8 +94,9 @@ def test_numbers_that_overflow_are_refused() -> None:
 
 
 def test_null_means_not_given_even_for_unknown_fields() -> None:
-    body = chat(temperature=None, tools=None, colour=None, stop=None, seed=None)
+    body = chat(temperature=None, tools=None, colour=None, stop=None, seed=None, stream=True, stream_options={"include_usage": None})
     assert body.temperature == 1.0
+    assert body.told_usage is ToldUsage.NEVER
     assert body.sampling(max_tokens=None, logprobs=None) == SamplingParams()
 
 

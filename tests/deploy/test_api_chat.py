@@ -76,6 +76,41 @@ def test_chat_streamed(scripted: ServerThread, client: openai.OpenAI, says: list
     assert "usage" not in events(scripted, "/v1/chat/completions", messages=HELLO)[0]
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far_in_each_chunk(scripted: ServerThread, script: ScriptRunner, says: list[int], route: str) -> None:
+    asked = {"messages": HELLO} if route.startswith("/v1/chat") else {"prompt": "Hello"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**asked, "stream": True, "stream_options": options, "max_tokens": 100}
+    script.hold(steps=1)
+    with httpx.stream("POST", scripted.url + route, json=body, timeout=WAIT_S) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        first = next(lines)
+        script.free()
+        usages = [json.loads(line.removeprefix("data: "))["usage"] for line in (first, *lines)]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts[0] == 1
+    assert counts == sorted(counts)
+    assert counts[-1] == len(says) + 1
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    silent = events(scripted, route, **asked, stream_options={"continuous_usage_stats": True}, max_tokens=2)
+    assert not any("usage" in event for event in silent)
+
+
+def test_the_first_chunk_comes_with_the_first_token_even_if_that_is_half_a_character(
+    scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer
+) -> None:
+    script.script = tokenizer.encode("\N{EARTH GLOBE EUROPE-AFRICA}")
+    assert len(script.script) > 1
+    script.hold(steps=1)
+    body = {"prompt": "a", "max_tokens": 2 * len(script.script), "stream": True}
+    with httpx.stream("POST", scripted.url + "/v1/completions", json=body, timeout=WAIT_S) as response:
+        lines = response.iter_lines()
+        assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == ""
+        script.free()
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == 2 * "\N{EARTH GLOBE EUROPE-AFRICA}"
+
+
 def test_the_id_is_also_a_header(scripted: ServerThread, says: list[int]) -> None:
     for stream in (False, True):
         answer = httpx.post(scripted.url + "/v1/completions", json={"prompt": "a", "stream": stream}, timeout=WAIT_S)
@@ -135,6 +170,8 @@ def test_max_tokens(scripted: ServerThread, says: list[int], tokenizer: Tokenize
         answer = httpx.post(scripted.url + "/v1/chat/completions", json={"messages": HELLO, name: 3}, timeout=WAIT_S).json()
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["choices"][0]["message"]["content"] == tokenizer.decode(says[:3])
+        body = {"prompt": "a", name: 3}
+        assert httpx.post(scripted.url + "/v1/completions", json=body, timeout=WAIT_S).json()["usage"]["completion_tokens"] == 3
 
 
 def test_special_tokens_are_shown_when_asked(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
@@ -184,6 +221,11 @@ def test_chat_logprobs(client: openai.OpenAI, says: list[int], tokenizer: Tokeni
     entries = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content or ()]
     assert [entry.bytes for entry in entries] == [entry.bytes for entry in content]
     assert all(entry.top_logprobs == [] for entry in entries)
+
+
+def test_no_alternatives_are_no_reason_to_ask_for_logprobs(scripted: ServerThread, says: list[int]) -> None:
+    body = {"messages": HELLO, "logprobs": False, "top_logprobs": 0}
+    assert httpx.post(scripted.url + "/v1/chat/completions", json=body, timeout=WAIT_S).json()["choices"][0]["logprobs"] is None
 
 
 def test_completion_logprobs(scripted: ServerThread, client: openai.OpenAI, says: list[int], tokenizer: Tokenizer) -> None:
