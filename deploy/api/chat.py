@@ -13,7 +13,7 @@ from .body import read_body
 from .context import Api
 from .generation import ChoiceDelta
 from .logprobs import chat_logprobs
-from .messages import read_messages
+from .messages import read_messages, read_values
 from .reply import Reply, json_string
 from .schemas import ChatBody, ToldUsage
 
@@ -40,7 +40,7 @@ async def chat_completions(request: Request) -> Response:
 
 async def _prompt(api: Api, body: ChatBody) -> tuple[int, ...]:
     messages = read_messages(body.messages)
-    text = await api.text.render(messages, body.add_generation_prompt)
+    text = await api.text.render(messages, body.add_generation_prompt, read_values(body.chat_template_kwargs))
     return await api.text.encode(text, body.add_special_tokens, field="messages")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ...worker.text.chat_template import NOTHING
 from ...worker.text.tokenizer import Tokenizer
 from .errors import ApiError
 
@@ -53,8 +54,8 @@ class EdgeText:
         """The text of token ids, special ones written out. The caller has checked that they are in the vocabulary."""
         return await self._in_thread(lambda: self.tokenizer.decode(tokens, False))
 
-    async def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The conversation through the model's own chat template.
+    async def render(self, messages: list[dict[str, str]], add_generation_prompt: bool, values: Mapping[str, Any] = NOTHING) -> str:
+        """The conversation through the model's own chat template, which sees `values` too.
 
         Raises:
             ApiError: 400, it is longer than any that fits the model.
@@ -62,7 +63,7 @@ class EdgeText:
         """
         for i, message in enumerate(messages):
             self._must_fit(message["content"], f"messages.{i}.content")
-        return await self._in_thread(lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt))
+        return await self._in_thread(lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt, values))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,6 +1,6 @@
 """Chat messages as clients send them, to what chat templates take: a role and one text.
 
-Text parts are joined by newlines, as vLLM does. Templates come from the model, never from a client.
+Text parts are joined by newlines, as vLLM does. Templates come from the model, never from a client, who only gives values to names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ def read_messages(raw: list[Any]) -> list[dict[str, str]]:
     if not raw:
         raise BadRequest("messages", "must not be empty")
     return [_message(f"messages.{i}", message) for i, message in enumerate(raw)]
+
+
+def read_values(raw: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """What a template is to see by name, `enable_thinking` for example.
+
+    Raises:
+        BadRequest: a value that is more than a text, a number or a boolean.
+    """
+    for name, value in raw.items():
+        if not isinstance(value, str | int | float) or (type(value) is int and value.bit_length() > 64):
+            raise BadRequest(f"chat_template_kwargs.{name[:64]}", "must be a string, a number or a boolean")
+    return raw
 
 
 def _message(path: str, message: Any) -> dict[str, str]:

@@ -127,6 +127,7 @@ class ChatBody(SamplingBody):
     logprobs: bool = False
     top_logprobs: Int | None = None
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}  # read by `messages.read_values`
     add_special_tokens: bool = False
 
 
@@ -147,6 +148,7 @@ class TokenizeBody(Strict):
     messages: list[Any] | None = None
     add_special_tokens: bool | None = None  # default: with a prompt yes, with messages no (the template has them)
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
     return_token_strs: bool = False
 
 

@@ -13,6 +13,7 @@ from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
 
 from quire.deploy.api import chat, completions, http_server, info_routes, middleware, text_routes
 from quire.worker.config import LimitOptions, ServerOptions
+from quire.worker.text.chat_template import ChatTemplate
 from quire.worker.text.tokenizer import Tokenizer
 
 
@@ -206,6 +207,20 @@ def test_tokenize_and_back(scripted: ServerThread, tokenizer: Tokenizer) -> None
     messages = [{"role": "user", "content": "Hello"}]
     chat = httpx.post(scripted.url + "/tokenize", json={"messages": messages}, timeout=WAIT_S).json()
     assert chat["tokens"] == tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def test_the_chat_template_sees_the_values_that_are_given(
+    scripted: ServerThread, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{% if thinking %} {{ thinking }}{% endif %}", {})
+    monkeypatch.setattr(tokenizer, "_template", template)
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "chat_template_kwargs": {"thinking": "deeply"}}
+    count = len(tokenizer.encode("Hello deeply", add_special_tokens=False))
+    assert httpx.post(scripted.url + "/tokenize", json=asked, timeout=WAIT_S).json()["count"] == count
+    answer = httpx.post(scripted.url + "/v1/chat/completions", json={**asked, "max_tokens": 1}, timeout=WAIT_S)
+    assert answer.json()["usage"]["prompt_tokens"] == count
+    wrong = httpx.post(scripted.url + "/tokenize", json={**asked, "chat_template_kwargs": {"thinking": [1]}}, timeout=WAIT_S)
+    assert (wrong.status_code, error_of(wrong)["param"]) == (400, "chat_template_kwargs.thinking")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ Rendered in Jinja's immutable sandbox with what transformers gives templates: `r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..protocol import BadRequest
 
 MAX_RENDERED_CHARS = 64 * 2**20
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _PROBE = "quire-probe"
 # What a template's own code can raise on messages that it does not expect.
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -45,12 +47,13 @@ class ChatTemplate:
         """Whether `render` can work at all."""
         return self._template is not None
 
-    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, values: Mapping[str, Any] = NOTHING) -> str:
         """The text of a conversation.
 
         Args:
             messages: dicts with `role` and `content`; a content is a string, None, or a list of `{"type": "text", "text": ...}`.
             add_generation_prompt: end with the opening of the assistant's turn.
+            values: what else the template is to see, by name, for example `enable_thinking`; of what it sees anyway, they change nothing.
 
         Raises:
             BadRequest: no template, content that is not text, messages that the template rejects, or far too much text.
@@ -59,14 +62,16 @@ class ChatTemplate:
             raise BadRequest("messages", self._missing)
         plain = [{**message, "content": _content(i, message.get("content"), self._takes_parts)} for i, message in enumerate(messages)]
         try:
-            return self._run(self._template, plain, add_generation_prompt)
+            return self._run(self._template, plain, add_generation_prompt, values)
         except _TEMPLATE_FAULTS as error:
             raise BadRequest("messages", f"the model's chat template rejects them: {error}") from None
 
-    def _run(self, template: jinja2.Template, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _run(
+        self, template: jinja2.Template, messages: list[dict[str, Any]], add_generation_prompt: bool, values: Mapping[str, Any]
+    ) -> str:
         chunks, size = [], 0
-        given = {**self._special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        for chunk in template.generate(**given, tools=None, documents=None):
+        given = {**values, **self._special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        for chunk in template.generate({**given, **template.globals, "tools": None, "documents": None}):
             size += len(chunk)
             if size > MAX_RENDERED_CHARS:
                 raise jinja2.TemplateError(f"more than {MAX_RENDERED_CHARS} characters came out")
@@ -77,7 +82,7 @@ class ChatTemplate:
         """Whether the template reads lists of parts itself, rather than printing them as Python would."""
         parts = [{"type": "text", "text": _PROBE}]
         try:
-            shown = self._run(template, [{"role": "user", "content": parts}], True)
+            shown = self._run(template, [{"role": "user", "content": parts}], True, NOTHING)
         except _TEMPLATE_FAULTS:
             return False
         return _PROBE in shown and "'type'" not in shown and '"type"' not in shown

@@ -5,13 +5,13 @@ Nothing here imports torch; transformers is imported only for a directory (and f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from .chat_template import ChatTemplate
+from .chat_template import NOTHING, ChatTemplate
 from .gguf_header import read_header
 from .gguf_tokenizer import backend_from_gguf, special_token
 from .pieces import UnsupportedTokenizer, pieces_of
@@ -69,13 +69,15 @@ class Tokenizer:
         text = b"".join(self.token_bytes(token) for token in tokens if token not in hidden).decode("utf-8", "replace")
         return text[1:] if self.drops_first_space and text.startswith(" ") else text
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the text that the model continues; encode it without special tokens.
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, values: Mapping[str, Any] = NOTHING
+    ) -> str:
+        """The conversation as the text that the model continues; encode it without special tokens. Arguments as of `ChatTemplate.render`.
 
         Raises:
             BadRequest: the model has no template, or the template rejects the messages.
         """
-        return self._template.render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt, values)
 
     def token_bytes(self, token: int) -> bytes:
         """The token's bytes; a part of a character is possible, and so is nothing."""

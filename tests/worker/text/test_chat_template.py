@@ -44,6 +44,17 @@ def test_the_default_model_s_template(smollm2: Tokenizer) -> None:
     )
 
 
+def test_values_are_seen_beside_what_the_template_sees_anyway() -> None:
+    source = "{{ bos_token }}{% if enable_thinking is defined and not enable_thinking %}<no>{% endif %}{{ messages[0].content }}{{ tools }}"
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    plain = template.render(CHAT, True)
+    assert template.render(CHAT, True, {"enable_thinking": False}) == plain.replace("<s>", "<s><no>")
+    assert template.render(CHAT, True, {"bos_token": "x", "messages": "x", "tools": "x"}) == plain
+    guarded = ChatTemplate("{{ raise_exception('no') }}{{ range(3) | list }}", {})
+    with pytest.raises(BadRequest, match="no"):
+        guarded.render(CHAT, True, {"raise_exception": "x", "range": "x"})
+
+
 def test_the_date() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}", {}).render(CHAT, True) == str(datetime.now().year)
 
