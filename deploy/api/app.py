@@ -17,7 +17,7 @@ from ...worker.text.tokenizer import Tokenizer
 from ...worker.tracing import Tracing
 from ..metrics import Metrics
 from ..tenants_file import load_tenants
-from . import chat, completions, errors, info_routes, text_routes
+from . import chat, completions, errors, info_routes, openapi, text_routes
 from .auth import RequireKey
 from .context import Api
 from .edge_text import EdgeText
@@ -29,7 +29,7 @@ def create_app(
 ) -> FastAPI:
     """The OpenAI API over `client`. `ingress_id` tells its metrics from those of other ingresses.
 
-    `app.state.api` is the `Api`; `app.state.lifecycle` drains it. There are no documentation routes: they would need
+    `app.state.api` is the `Api`; `app.state.lifecycle` drains it. There are no pages of documentation: they would need
     scripts from elsewhere, and a key.
 
     Raises:
@@ -58,7 +58,7 @@ def create_app(
     app = FastAPI(title="Quire", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.api = api
     app.state.lifecycle = api.lifecycle
-    for module in (chat, completions, text_routes, info_routes):
+    for module in (chat, completions, text_routes, info_routes, openapi):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=options.max_body)  # the last one added stands outermost

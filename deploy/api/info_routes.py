@@ -1,4 +1,4 @@
-"""GET /v1/models, /live, /health, /metrics."""
+"""GET /v1/models, /live, /health, /metrics, /version."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from ... import __version__
 from .context import Api
 from .errors import ApiError
 
 router = APIRouter()
 
+READS = ["GET", "HEAD"]
 
-@router.get("/v1/models")
+
+@router.api_route("/v1/models", methods=READS)
 async def models(request: Request) -> JSONResponse:
     """The one model that this server has."""
     return JSONResponse({"object": "list", "data": [_model(request.app.state.api)]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.api_route("/v1/models/{name:path}", methods=READS)
 async def model(request: Request, name: str) -> JSONResponse:
     """One model; 404 when it is not the served one."""
     api: Api = request.app.state.api
@@ -28,13 +31,13 @@ async def model(request: Request, name: str) -> JSONResponse:
     return JSONResponse(_model(api))
 
 
-@router.get("/live")
+@router.api_route("/live", methods=READS)
 async def live() -> JSONResponse:
     """The process answers."""
     return JSONResponse({"status": "live"})
 
 
-@router.get("/health")
+@router.api_route("/health", methods=READS)
 async def health(request: Request) -> JSONResponse:
     """Requests would be served: the engine was heard from lately, and the server is not about to stop."""
     api: Api = request.app.state.api
@@ -46,7 +49,13 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/metrics")
+@router.api_route("/version", methods=READS)
+async def version() -> JSONResponse:
+    """Quire's version."""
+    return JSONResponse({"version": __version__})
+
+
+@router.api_route("/metrics", methods=READS)
 async def metrics(request: Request) -> Response:
     """Prometheus text. The connection ends, so that the next scrape may reach another ingress of the same port."""
     api: Api = request.app.state.api

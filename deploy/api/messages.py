@@ -10,8 +10,8 @@ from typing import Any
 from ...worker.protocol import BadRequest
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # developer: OpenAI's newer word
-_NOT_THERE = ("tool_calls", "function_call", "audio", "refusal")  # answers sent back hold them as null or []
-_HARMLESS = ("name", "annotations", "reasoning", "reasoning_content")
+NOT_THERE = ("tool_calls", "function_call", "audio", "refusal")  # answers sent back hold them as null or []
+HARMLESS = ("name", "annotations", "reasoning", "reasoning_content")
 
 
 def read_messages(raw: list[Any]) -> list[dict[str, str]]:
@@ -46,9 +46,9 @@ def _message(path: str, message: Any) -> dict[str, str]:
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRequest(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
     for name, value in message.items():
-        if name in _NOT_THERE and value not in (None, []):
+        if name in NOT_THERE and value not in (None, []):
             raise BadRequest(f"{path}.{name}", "is not supported")
-        if name not in ("role", "content", *_NOT_THERE, *_HARMLESS) and value is not None:
+        if name not in ("role", "content", *NOT_THERE, *HARMLESS) and value is not None:
             raise BadRequest(f"{path}.{name}", "unknown field")
     return {"role": _ROLES[role], "content": _content(f"{path}.content", message.get("content"), optional=role == "assistant")}
 

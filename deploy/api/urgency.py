@@ -12,8 +12,8 @@ from .schemas import SamplingBody
 PRIORITY_HEADER = "X-Quire-Priority"
 DEADLINE_HEADER = "X-Quire-Deadline-Ms"
 NAMED = {"high": -1, "normal": 0, "low": 1}
-_PRIORITIES = (-(2**31), 2**31 - 1)
-_DEADLINES_MS = (1, 2**31 - 1)
+PRIORITIES = (-(2**31), 2**31 - 1)
+DEADLINES_MS = (1, 2**31 - 1)
 
 
 class Urgency(NamedTuple):
@@ -32,10 +32,10 @@ def read_urgency(body: SamplingBody, headers: Headers) -> Urgency:
     field, given = _either("priority", body.priority, PRIORITY_HEADER, headers)
     priority = NAMED[given] if isinstance(given, str) and given in NAMED else given
     if priority is not None:
-        priority = _integer(field, priority, _PRIORITIES, " or one of high, normal, low")
+        priority = _integer(field, priority, PRIORITIES, " or one of high, normal, low")
     field, deadline_ms = _either("deadline_ms", body.deadline_ms, DEADLINE_HEADER, headers)
     if deadline_ms is not None:
-        deadline_ms = _integer(field, deadline_ms, _DEADLINES_MS, "")
+        deadline_ms = _integer(field, deadline_ms, DEADLINES_MS, "")
     return Urgency(priority or 0, deadline_ms)
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from serving import WAIT_S, ScriptRunner, ServerThread, script_engine
 
-from quire.deploy.api import chat, completions, http_server, info_routes, middleware, text_routes
+from quire.deploy.api import chat, completions, http_server, info_routes, middleware, openapi, text_routes
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.text.chat_template import ChatTemplate
 from quire.worker.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def test_unknown_routes_and_methods(scripted: ServerThread) -> None:
     assert wrong.status_code == 405
     assert wrong.headers["allow"] == "POST"
     error_of(wrong)
-    for path in ("/docs", "/openapi.json", "/redoc", "/live/"):
+    for path in ("/docs", "/redoc", "/live/"):
         assert httpx.get(scripted.url + path, timeout=WAIT_S).status_code == 404
 
 
@@ -256,8 +256,8 @@ def test_metrics_count_routes(scripted: ServerThread) -> None:
 def test_keys_guard_the_whole_server(tokenizer: Tokenizer) -> None:
     engine = script_engine(ScriptRunner(), tokenizer.vocab_size, 0)
     with ServerThread(engine, tokenizer, ServerOptions(port=0, api_key=("k1", "k2"), log_level="warning"), LimitOptions()) as server:
-        paths = [route.path for module in (chat, completions, info_routes, text_routes) for route in module.router.routes]
-        assert len(paths) == 9
+        paths = [route.path for module in (chat, completions, info_routes, openapi, text_routes) for route in module.router.routes]
+        assert len(paths) == 11
         for path in [*paths, "/nothing"]:
             expected = 200 if path in ("/live", "/health") else 401
             for method in ("GET", "POST"):

@@ -1,0 +1,247 @@
+"""GET /openapi.json: the API as an OpenAPI 3.1 document, with this server's own model and limits in it.
+
+Requests are read by `body`, not by FastAPI, so the document is put together here: names and types from `schemas`, bounds from the limits
+that the door checks, and every status that a route can answer with.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from ... import __version__
+from . import openapi_answers as answers
+from .context import Api
+from .info_routes import READS
+from .messages import HARMLESS, NOT_THERE
+from .schemas import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, Strict, TokenizeBody
+from .unsupported import IGNORED, NEUTRAL
+from .urgency import DEADLINES_MS, NAMED, PRIORITIES
+
+router = APIRouter()
+
+Schema = dict[str, Any]
+
+_READS = (400, 404, 408, 413, 415, 500)
+_GENERATES = (*_READS, 429, 503, 504)
+_TOLD_LATER = (429, 503)  # with Retry-After
+_NULL: Schema = {"type": "null"}
+_STRING: Schema = {"type": "string"}
+_VALUES: Schema = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+
+
+@router.api_route("/openapi.json", methods=READS)
+async def openapi(request: Request) -> JSONResponse:
+    """This document."""
+    return JSONResponse(document(request.app.state.api))
+
+
+def document(api: Api) -> Schema:
+    """The whole document."""
+    keys = bool(api.options.api_key or api.options.api_key_file)
+    about = {"title": "Quire", "version": __version__, "description": "Serves a large language model behind OpenAI's API."}
+    components: Schema = {"schemas": answers.SCHEMAS}
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    paths = {
+        "/v1/chat/completions": _post("Continues a conversation.", _chat(api), "ChatCompletion", _GENERATES, streams="ChatCompletionChunk"),
+        "/v1/completions": _post("Continues prompts.", _completion(api), "Completion", _GENERATES, streams="Completion"),
+        "/tokenize": _post("Token ids of a prompt, or of messages as the chat template writes them.", _tokenize(api), "Tokens", _READS),
+        "/detokenize": _post("The text of token ids.", _detokenize(api), "Text", _READS),
+        "/v1/models": _get("The models that this server has.", "ModelList"),
+        "/v1/models/{name}": _get("One model.", "Model", 404, parameters=[_path_parameter("name")]),
+        "/live": _get("The process answers.", "Status", open_to_all=keys),
+        "/health": _get("Requests would be served.", "Status", 503, open_to_all=keys),
+        "/metrics": _get("Prometheus text.", None),
+        "/version": _get("Quire's version.", "Version"),
+        "/openapi.json": _get("This document.", "Document"),
+    }
+    if keys:
+        for operation in (operation for path in paths.values() for operation in path.values()):
+            if operation.get("security") != []:
+                operation["responses"]["401"] = _error(401)
+    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components, **({"security": [{"key": []}]} if keys else {})}
+
+
+def _post(summary: str, body: Schema, answer: str, failures: tuple[int, ...], streams: str | None = None) -> Schema:
+    good: Schema = {"description": "The answer.", "content": {"application/json": {"schema": _ref(answer)}}}
+    if streams is not None:
+        good["description"] = f"The whole answer; with stream=true, events whose data are each a {streams}, and at the end [DONE]."
+        good["content"]["text/event-stream"] = {"schema": _STRING}
+        good["headers"] = {"X-Request-Id": {"schema": _STRING, "description": "the id of the answer"}}
+    responses = {"200": good, **{str(status): _error(status) for status in failures}}
+    request = {"required": True, "content": {"application/json": {"schema": body}}}
+    return {"post": {"summary": summary, "requestBody": request, "responses": responses}}
+
+
+def _get(summary: str, answer: str | None, *failures: int, open_to_all: bool = False, parameters: list[Schema] | None = None) -> Schema:
+    content = {"text/plain": {"schema": _STRING}} if answer is None else {"application/json": {"schema": _ref(answer)}}
+    responses = {"200": {"description": "The answer.", "content": content}}
+    responses |= {str(status): _error(status) for status in (400, *failures, 413, 500)}
+    operation: Schema = {"summary": summary, "responses": responses}
+    if parameters:
+        operation["parameters"] = parameters
+    if open_to_all:
+        operation["security"] = []
+    silent = {status: {name: told for name, told in response.items() if name != "content"} for status, response in responses.items()}
+    return {"get": operation, "head": {**operation, "responses": silent}}
+
+
+def _error(status: int) -> Schema:
+    error: Schema = {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": _ref("Error")}}}
+    if status in _TOLD_LATER:
+        error["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}}
+    return error
+
+
+def _path_parameter(name: str) -> Schema:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+# --- what is asked ---
+
+
+def _chat(api: Api) -> Schema:
+    given = {
+        "messages": _array(_message(), 1),
+        "chat_template_kwargs": _VALUES,
+        "top_logprobs": _integer(0, api.limits.max_logprobs),
+    }
+    return _body(ChatBody, {**_sampling(api), **given}, extras=True)
+
+
+def _completion(api: Api) -> Schema:
+    text = {"type": "string", "minLength": 1}
+    ids = _array(_token(api), 1, _longest(api) - 1)
+    several = [_array(each, 1, api.limits.max_prompts) for each in (text, ids)]
+    longest = {**_integer(0, _longest(api) - 1), "default": COMPLETION_MAX_TOKENS, "description": "0 only with echo"}
+    given = {
+        "prompt": {"anyOf": [text, ids, *several]},
+        "logprobs": _integer(0, api.limits.max_logprobs),
+        "max_tokens": longest,
+        "max_completion_tokens": longest,
+    }
+    return _body(CompletionBody, {**_sampling(api), **given}, extras=True)
+
+
+def _tokenize(api: Api) -> Schema:
+    prompt, messages = _STRING, _array(_message(), 1)
+    one = [
+        {"required": ["prompt"], "properties": {"prompt": prompt, "messages": _NULL}},
+        {"required": ["messages"], "properties": {"prompt": _NULL, "messages": messages}},
+    ]
+    return {
+        **_body(TokenizeBody, {"model": _model(api), "prompt": prompt, "messages": messages, "chat_template_kwargs": _VALUES}),
+        "anyOf": one,
+    }
+
+
+def _detokenize(api: Api) -> Schema:
+    return _body(DetokenizeBody, {"model": _model(api), "tokens": _array(_token(api))})
+
+
+def _sampling(api: Api) -> dict[str, Schema]:
+    """The fields of `SamplingBody` that have bounds."""
+    limits, penalty = api.limits, _number(-2, 2)
+    stop = {"type": "string", "minLength": 1, "maxLength": limits.max_stop_chars}
+    longest = _integer(1, _longest(api) - 1)
+    return {
+        "model": _model(api),
+        "stream_options": {**_body(StreamOptions, {}), "description": "only with stream=true"},
+        "max_tokens": longest,
+        "max_completion_tokens": longest,
+        "n": _integer(1, limits.max_n),
+        "temperature": _number(0, 100),
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "top_k": _integer(-1, 2**31 - 1),
+        "min_p": _number(0, 1),
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+        "logit_bias": {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+            "additionalProperties": _number(-100, 100),
+            "maxProperties": limits.max_logit_bias,
+            "description": f"token ids to {api.info.vocab_size - 1}",
+        },
+        "seed": _integer(-(2**63), 2**63 - 1),
+        "stop": {"anyOf": [stop, _array(stop, 0, limits.max_stop)]},
+        "stop_token_ids": _array(_token(api), 0, limits.max_stop),
+        "min_tokens": _integer(0, _longest(api) - 1),
+        "priority": {"anyOf": [_integer(*PRIORITIES), {"enum": list(NAMED)}]},
+        "deadline_ms": _integer(*DEADLINES_MS),
+    }
+
+
+def _message() -> Schema:
+    parts = _array({"type": "object", "properties": {"type": {"const": "text"}, "text": _STRING}, "required": ["type", "text"]}, 1)
+    content: Schema = {"anyOf": [_STRING, parts]}
+    nothing: Schema = {"enum": [None, []]}
+    anything: Schema = {}
+    others = dict.fromkeys(NOT_THERE, nothing) | dict.fromkeys(HARMLESS, anything)
+    forms = [(["system", "developer", "user"], content, ["role", "content"]), (["assistant"], _or_null(content), ["role"])]
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"role": {"enum": roles}, "content": said, **others},
+                "required": required,
+                "additionalProperties": _NULL,
+            }
+            for roles, said, required in forms
+        ]
+    }
+
+
+def _body(of: type[Strict], bounded: dict[str, Schema], extras: bool = False) -> Schema:
+    """A body as `read_body` takes it: null for what is not given, whatever its name.
+
+    Args:
+        bounded: what to say instead of pydantic's schema of a field, which has only its type.
+        extras: whether the fields stand there that are ignored, or have neutral values only.
+    """
+    plain = of.model_json_schema()["properties"].items()
+    required = [name for name, field in of.model_fields.items() if field.is_required()]
+    properties = {name: bounded.get(name) or {key: value for key, value in schema.items() if key != "title"} for name, schema in plain}
+    properties = {name: schema if name in required else _or_null(schema) for name, schema in properties.items()}
+    if extras:
+        properties |= {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+        properties |= {name: {} for name in sorted(IGNORED)}
+        properties["best_of"] = {"type": ["integer", "null"], "description": "must equal n"}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": _NULL}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, _NULL]}
+
+
+def _model(api: Api) -> Schema:
+    return {"enum": [api.info.name]}
+
+
+def _token(api: Api) -> Schema:
+    return _integer(0, api.info.vocab_size - 1)
+
+
+def _longest(api: Api) -> int:
+    return min(api.info.max_model_len, api.info.pool_tokens)
+
+
+def _integer(least: int, most: int) -> Schema:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
+def _number(least: float, most: float) -> Schema:
+    return {"type": "number", "minimum": least, "maximum": most}
+
+
+def _array(items: Schema, least: int = 0, most: int | None = None) -> Schema:
+    return {"type": "array", "items": items, "minItems": least, **({"maxItems": most} if most is not None else {})}
