@@ -13,7 +13,7 @@ from ..api import errors
 from ..api.body import read_body
 from ..api.errors import ApiError
 from ..api.middleware import BodyLimit, StrictRequest
-from ..api.schemas import Strict
+from ..api.schemas import Float, Int, Strict
 from . import console
 from .figures import exposition
 from .guard import Guard
@@ -36,7 +36,7 @@ class DrainBody(Strict):
     """POST /admin/replicas/{id}/drain. `wait_s`: for so long the answer may wait for the replica to be empty."""
 
     undo: bool = False
-    wait_s: float = 0.0
+    wait_s: Float = 0.0
 
 
 class RebalanceBody(Strict):
@@ -46,7 +46,7 @@ class RebalanceBody(Strict):
 class ScaleBody(Strict):
     """POST /admin/scale: so many replicas from now on, or as the autoscaler says."""
 
-    replicas: int | None = None
+    replicas: Int | None = None
     auto: bool = False
 
 

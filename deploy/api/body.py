@@ -17,6 +17,8 @@ from ...worker.protocol import BadRequest
 from .errors import CLIENT_GONE, ApiError
 from .unsupported import refuse_unsupported
 
+MOST_TOLD = 200  # characters of a field's name, which may be the client's invention
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -43,7 +45,7 @@ def parse(raw: bytes, of: type[Body]) -> Body:
         return of.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])[:MOST_TOLD]
         raise BadRequest(field, "unknown field" if first["type"] == "extra_forbidden" else first["msg"]) from None
 
 

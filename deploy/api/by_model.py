@@ -5,6 +5,7 @@ Keys, limits and errors are those of the applications; whatever names no model, 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from urllib.parse import parse_qs
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import middleware
 from .errors import ApiError
 
 _MODELS = "/v1/models"
@@ -44,8 +46,13 @@ class ByModel:
         elif path in (_MODELS, "/health"):
             await self._all(scope, receive, send)
         elif scope["method"] == "POST":
-            body, rest = await _read(receive, self.max_body)
-            await self._named(_model_of(body))(scope, _replay(body, rest, receive), send)
+            try:
+                async with asyncio.timeout(middleware.BODY_TIMEOUT_S):
+                    body, rest = await _read(receive, self.max_body)
+            except TimeoutError:
+                await middleware.body_too_slow().response()(scope, receive, send)
+            else:
+                await self._named(_model_of(body))(scope, _replay(body, rest, receive), send)
         else:
             asked = path.removeprefix(f"{_MODELS}/") if path.startswith(f"{_MODELS}/") else _query(scope)
             await self._named(asked)(scope, receive, send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...worker.protocol import BadRequest
+from .body import MOST_TOLD
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # developer: OpenAI's newer word
 NOT_THERE = ("tool_calls", "function_call", "audio", "refusal")  # answers sent back hold them as null or []
@@ -33,7 +34,7 @@ def read_values(raw: dict[str, Any]) -> dict[str, str | int | float | bool]:
     """
     for name, value in raw.items():
         if not isinstance(value, str | int | float) or (type(value) is int and value.bit_length() > 64):
-            raise BadRequest(f"chat_template_kwargs.{name[:64]}", "must be a string, a number or a boolean")
+            raise BadRequest(f"chat_template_kwargs.{name}"[:MOST_TOLD], "must be a string, a number or a boolean")
     return raw
 
 
@@ -49,7 +50,7 @@ def _message(path: str, message: Any) -> dict[str, str]:
         if name in NOT_THERE and value not in (None, []):
             raise BadRequest(f"{path}.{name}", "is not supported")
         if name not in ("role", "content", *NOT_THERE, *HARMLESS) and value is not None:
-            raise BadRequest(f"{path}.{name}", "unknown field")
+            raise BadRequest(f"{path}.{name}"[:MOST_TOLD], "unknown field")
     return {"role": _ROLES[role], "content": _content(f"{path}.content", message.get("content"), optional=role == "assistant")}
 
 

@@ -60,7 +60,7 @@ class BodyLimit:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", headers={"Connection": "close"}) from None
+                raise body_too_slow() from None
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
@@ -72,6 +72,11 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request body is larger than {self._max_bytes} bytes", code="body_too_large")
+
+
+def body_too_slow() -> ApiError:
+    """For a body that has taken longer than BODY_TIMEOUT_S."""
+    return ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", headers={"Connection": "close"})
 
 
 class CountRequests:

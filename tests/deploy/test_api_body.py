@@ -86,6 +86,15 @@ def test_the_path_of_a_nested_field_is_named() -> None:
     assert caught.value.field == "logit_bias.5"
 
 
+def test_a_long_name_is_not_told_whole() -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(**{"x" * 10_000: 1})
+    assert len(str(caught.value)) < 300
+    with pytest.raises(BadRequest) as caught:
+        read_messages([{**HELLO[0], "x" * 10_000: 1}])
+    assert len(str(caught.value)) < 300
+
+
 def test_numbers_that_overflow_are_refused() -> None:
     for number in (b"1e999", b"1" + b"0" * 400):
         with pytest.raises(BadRequest) as caught:

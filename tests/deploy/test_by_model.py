@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -10,6 +11,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from quire.deploy.api import middleware
 from quire.deploy.api.by_model import ByModel
 
 MAX_BODY = 1000
@@ -86,6 +88,17 @@ async def test_a_body_in_pieces_arrives_whole_and_is_not_kept_beyond_the_limit(c
     assert (small["app"], small["bytes"]) == ("two", 28 + 500 + 2)
     large = (await client.post("/v1/completions", content=pieces(50))).json()
     assert (large["app"], large["bytes"]) == ("one", 28 + 5000 + 2)  # nobody has read that far to see the model
+
+
+async def test_a_body_that_does_not_end_is_given_up(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    async def endless() -> AsyncIterator[bytes]:
+        yield b'{"model": "two", '
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.05)
+    answer = await client.post("/v1/completions", content=endless())
+    assert answer.status_code == 408
+    assert "did not arrive" in answer.json()["error"]["message"]
 
 
 async def test_what_concerns_all_is_asked_of_all(client: httpx.AsyncClient, apps: list[App]):
