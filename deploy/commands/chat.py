@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ async def _answer(server: Server, body: dict[str, Any], pieces: list[str]) -> No
 def _lines(interactive: bool) -> Iterator[str]:
     """What the user types, or what stdin holds, without blanks around it."""
     if not interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a file in another encoding is no reason to end
         yield from (line.strip() for line in sys.stdin)
         return
     import readline  # noqa: F401  history and editing for input()

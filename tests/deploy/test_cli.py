@@ -164,6 +164,12 @@ def test_chat_keeps_the_conversation(peer, monkeypatch, capsys):
     assert peer.headers[-1]["authorization"] == "Bearer from-env"
 
 
+def test_chat_takes_what_is_not_utf_8(peer, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert cli.main(["chat", "--url", peer.url]) == 0
+    assert capsys.readouterr().out == "you said caf\N{REPLACEMENT CHARACTER}\n"
+
+
 def test_chat_without_a_terminal_fails_when_an_answer_fails(peer, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("429\nhello\n"))
     assert cli.main(["chat", "--url", peer.url]) == 1
