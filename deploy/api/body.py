@@ -56,7 +56,7 @@ def strict_json(raw: bytes) -> Any:
         ApiError: 400, with what is wrong.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant)
+        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_number)
         if b"\\u" in raw:  # the only way in for half a surrogate pair, which no tokenizer takes
             json.dumps(body, ensure_ascii=False).encode()
     except RecursionError:
@@ -68,6 +68,12 @@ def strict_json(raw: bytes) -> Any:
     except ValueError as error:  # JSONDecodeError; also integers of thousands of digits
         raise ApiError(400, f"the body is not JSON: {error}") from None
     return body
+
+
+def _number(text: str) -> int | float:
+    """1.0 is 1: JSON has one kind of number, and some clients write every one with a point."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -17,7 +17,7 @@ from . import openapi_answers as answers
 from .context import Api
 from .info_routes import READS
 from .messages import HARMLESS, NOT_THERE
-from .schemas import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, DetokenizeBody, StreamOptions, Strict, TokenizeBody
+from .schemas import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, DetokenizeBody, SamplingBody, StreamOptions, Strict, TokenizeBody
 from .unsupported import IGNORED, NEUTRAL
 from .urgency import DEADLINES_MS, NAMED, PRIORITIES
 
@@ -70,7 +70,7 @@ def _post(summary: str, body: Schema, answer: str, failures: tuple[int, ...], st
     good: Schema = {"description": "The answer.", "content": {"application/json": {"schema": _ref(answer)}}}
     if streams is not None:
         good["description"] = f"The whole answer; with stream=true, events whose data are each a {streams}, and at the end [DONE]."
-        good["content"]["text/event-stream"] = {"schema": _STRING}
+        good["content"]["text/event-stream"] = {}
         good["headers"] = {"X-Request-Id": {"schema": _STRING, "description": "the id of the answer"}}
     responses = {"200": good, **{str(status): _error(status) for status in failures}}
     request = {"required": True, "content": {"application/json": {"schema": body}}}
@@ -114,21 +114,38 @@ def _chat(api: Api) -> Schema:
         "chat_template_kwargs": _VALUES,
         "top_logprobs": _integer(0, api.limits.max_logprobs),
     }
-    return _body(ChatBody, {**_sampling(api), **given}, extras=True)
+    return _generating(api, ChatBody, given, _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs"))
 
 
 def _completion(api: Api) -> Schema:
     text = {"type": "string", "minLength": 1}
     ids = _array(_token(api), 1, _longest(api) - 1)
     several = [_array(each, 1, api.limits.max_prompts) for each in (text, ids)]
-    longest = {**_integer(0, _longest(api) - 1), "default": COMPLETION_MAX_TOKENS, "description": "0 only with echo"}
+    longest = {**_integer(0, _longest(api) - 1), "default": COMPLETION_MAX_TOKENS, "description": "0 with echo"}
     given = {
         "prompt": {"anyOf": [text, ids, *several]},
         "logprobs": _integer(0, api.limits.max_logprobs),
         "max_tokens": longest,
         "max_completion_tokens": longest,
     }
-    return _body(CompletionBody, {**_sampling(api), **given}, extras=True)
+    nothing = [_needs(name, {"const": 0}, "echo") for name in ("max_tokens", "max_completion_tokens")]
+    return _generating(api, CompletionBody, given, *nothing)
+
+
+def _generating(api: Api, of: type[SamplingBody], given: dict[str, Schema], *needs: Schema) -> Schema:
+    """A body that asks for text; with the fields that are ignored, or may only say that they are not used."""
+    body = _body(of, {**_sampling(api), **given})
+    neutral: dict[str, Schema] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
+    neutral["best_of"] = {"type": ["integer", "null"], "description": "must equal n"}
+    body["properties"] |= neutral | {name: {} for name in sorted(IGNORED)}
+    body["allOf"] = [_needs("stream_options", {"type": "object"}, "stream"), *needs]
+    return body
+
+
+def _needs(field: str, such: Schema, flag: str) -> Schema:
+    """Whoever gives `field` a value like `such` must give `flag` the value true."""
+    given = {"required": [field], "properties": {field: such}}
+    return {"anyOf": [{"not": given}, {"required": [flag], "properties": {flag: {"const": True}}}]}
 
 
 def _tokenize(api: Api) -> Schema:
@@ -201,21 +218,13 @@ def _message() -> Schema:
     }
 
 
-def _body(of: type[Strict], bounded: dict[str, Schema], extras: bool = False) -> Schema:
-    """A body as `read_body` takes it: null for what is not given, whatever its name.
-
-    Args:
-        bounded: what to say instead of pydantic's schema of a field, which has only its type.
-        extras: whether the fields stand there that are ignored, or have neutral values only.
-    """
+def _body(of: type[Strict], bounded: dict[str, Schema]) -> Schema:
+    """A body as `read_body` takes it: null for what is not given, whatever its name. `bounded` is what to say instead of pydantic's schema
+    of a field, which has only its type."""
     plain = of.model_json_schema()["properties"].items()
     required = [name for name, field in of.model_fields.items() if field.is_required()]
     properties = {name: bounded.get(name) or {key: value for key, value in schema.items() if key != "title"} for name, schema in plain}
     properties = {name: schema if name in required else _or_null(schema) for name, schema in properties.items()}
-    if extras:
-        properties |= {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
-        properties |= {name: {} for name in sorted(IGNORED)}
-        properties["best_of"] = {"type": ["integer", "null"], "description": "must equal n"}
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": _NULL}
 
 

@@ -1,6 +1,6 @@
 """The bodies of requests: names and types only. Bounds are checked once, at the engine's door (`worker.door`).
 
-Types are strict (no true for 1, no "1" for 1), numbers finite, integers of 64 bits, unknown fields refused.
+Types are strict (no true for 1, no "1" for 1; 1.0 is 1), numbers finite, integers of 64 bits, unknown fields refused.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
     ("field", "value"),
     [
         ("n", True),
-        ("n", 1.0),
+        ("n", 1.5),
         ("n", "1"),
         ("n", 2**63),
         ("max_tokens", 10**30),
@@ -84,6 +84,14 @@ def test_the_path_of_a_nested_field_is_named() -> None:
     with pytest.raises(BadRequest) as caught:
         chat(logit_bias={"5": True})
     assert caught.value.field == "logit_bias.5"
+
+
+def test_a_whole_number_may_have_a_point() -> None:
+    body = parse(
+        b'{"prompt": [1.0, 2], "max_tokens": 16.0, "n": 2e0, "seed": -3.0, "temperature": 0.0, "length_penalty": 1.0}', CompletionBody
+    )
+    assert (body.prompt, body.max_tokens, body.n, body.seed, body.temperature) == ([1, 2], 16, 2, -3, 0)
+    assert type(body.max_tokens) is int
 
 
 def test_a_long_name_is_not_told_whole() -> None:

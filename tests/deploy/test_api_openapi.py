@@ -132,6 +132,8 @@ def test_what_is_taken_is_of_the_documented_shape(scripted: ServerThread, route:
         {"stream": True, "stream_options": {"colour": True}},
         {"messages": None, "prompt": None},
         {"messages": [], "prompt": []},
+        {"stream_options": {"include_usage": True}},
+        {"top_logprobs": 1, "max_tokens": 0},
     ],
 )
 @pytest.mark.parametrize("route", BODIES)
