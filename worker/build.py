@@ -13,7 +13,7 @@ import torch
 from .backend import device_of, kernels_of, kv_dtype_of, linears_of, ops_of
 from .config import EngineOptions
 from .cuda_graphs import CudaCapture
-from .device_runner import DeviceRunner
+from .device_runner import DeviceFollower, DeviceRunner
 from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
 from .model import DecoderModel, Progress
@@ -21,7 +21,7 @@ from .model_config import ModelConfig
 from .packing import packb, unpackb
 from .page_link import Listener
 from .page_mover import PageMover, Place
-from .parallel import RankGroup
+from .parallel import LEADER, RankGroup
 from .protocol import ModelInfo
 from .rendezvous import listen
 from .runner import FollowerRunner, LeaderRunner, ModelRunner
@@ -98,18 +98,19 @@ def build_runner(
 def _runner(
     rank: _Rank, options: EngineOptions, group: RankGroup | None, kv: KVStore, moving: tuple[PageMover, tuple[str, ...]]
 ) -> ModelRunner:
-    """The runner for the device. On a GPU with Triton it works ahead, with graphs where tokens may depend on the batch; several ranks
-    wait for each step's tokens, which travel with the next plan."""
-    config, device = rank.config, device_of(options.model)
+    """The runner for the device. On a GPU with Triton it works ahead, with graphs where tokens may depend on the batch."""
+    config = rank.config
     rest = (_max_running(options), config.max_model_len, *moving)
-    if device.type != "cuda" or rank.kernels != "triton":
+    if not _works_ahead(rank, kv.pool.device):
         return ModelRunner(rank.model, kv, Sampler(config.eos_token_ids, config.vocab_size), *rest)
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere
 
-    sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, device)
-    if group is not None:
-        return ModelRunner(rank.model, kv, sampler, *rest)
-    return DeviceRunner(rank.model, kv, sampler, *rest, capture=None if options.model.deterministic else CudaCapture())
+    sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, kv.pool.device)
+    return DeviceRunner(rank.model, kv, sampler, *rest, capture=None if options.model.deterministic else CudaCapture(), group=group)
+
+
+def _works_ahead(rank: _Rank, device: torch.device) -> bool:
+    return device.type == "cuda" and rank.kernels == "triton"
 
 
 def build_follower(options: EngineOptions, group: RankGroup, progress: Progress | None = None) -> FollowerRunner:
@@ -117,7 +118,12 @@ def build_follower(options: EngineOptions, group: RankGroup, progress: Progress 
     rank = _load(options, progress, group)
     kv = _pool(rank, options)
     mover, _ = _mover(rank, kv, options, group, None)
-    return FollowerRunner(rank.model, kv, _max_running(options), rank.config.max_model_len, mover)
+    most, longest = _max_running(options), rank.config.max_model_len
+    if not _works_ahead(rank, kv.pool.device):
+        return FollowerRunner(rank.model, kv, most, longest, mover)
+    runner = DeviceFollower(rank.model, kv, group, most, longest, mover, capture=CudaCapture())
+    runner.warm_up(options.scheduler.max_batch_tokens)
+    return runner
 
 
 def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:
@@ -134,13 +140,17 @@ def _load(options: EngineOptions, progress: Progress | None, group: RankGroup | 
 
 
 def _agreed(mine: _Rank, group: RankGroup) -> _Rank:
-    """Pages of every rank's pools: an id means the same page on all of them, so the rank that can hold least says how many."""
-    said = [unpackb(answer) for answer in group.exchange(packb(((mine.pages, mine.host_pages), "")))]
+    """Pages of every rank's pools: an id means the same page on all of them, so the rank that can hold least says how many. And one kind
+    of kernels, since with some a rank works ahead of its host."""
+    said = [unpackb(answer) for answer in group.exchange(packb(((mine.pages, mine.host_pages, mine.kernels), "")))]
     for rank, (_, error) in enumerate(said):
         if error:
             raise ValueError(f"rank {rank}: {error}")
-    pages, host_pages = (min(map(int, counts)) for counts in zip(*(counts for counts, _ in said), strict=True))
-    return mine._replace(pages=pages, host_pages=host_pages)
+    pages, host_pages, kernels = zip(*(answer for answer, _ in said), strict=True)
+    for rank, name in enumerate(kernels):
+        if name != kernels[LEADER]:
+            raise ValueError(f"rank {rank}: has {name} kernels, and the leader {kernels[LEADER]}; --attention says which all take")
+    return mine._replace(pages=min(map(int, pages)), host_pages=min(map(int, host_pages)))
 
 
 def _load_own(options: EngineOptions, progress: Progress | None, group: RankGroup | None) -> _Rank:

@@ -2,7 +2,8 @@
 
 A step of n rows is replayed by the smallest bucket that holds them. The rows that are left over are no-ops: no keys, a slot of -1. The
 graph reads its inputs from memory of its own, where `Staging` puts them; grids depend on the bucket alone, and how far the kernels go is
-computed on the device from the lengths. All graphs share one memory pool, since no two run at once.
+computed on the device from the lengths. All graphs share one memory pool, since no two run at once. Those of several ranks hold NCCL's
+sums: every rank captures and replays the same ones in the same order (`device_layers`).
 
 `capture` is what makes a graph of a function; a test on a CPU passes something that calls it again.
 """
@@ -121,7 +122,7 @@ class CudaCapture:
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once outside of the graph: kernels are compiled, libraries set up what they need
+        with torch.cuda.stream(side):  # once outside of the graph: kernels are compiled, libraries set up what they need, NCCL connects
             compute()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()

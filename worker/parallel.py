@@ -3,7 +3,7 @@
 The leader (rank 0) listens; the others join at its address. From then on nothing goes over Ray:
 
     control   gloo, CPU    the leader's messages (plans) and what the ranks report of themselves
-    tensors   NCCL, or gloo on a CPU    sums and gathered logits
+    tensors   NCCL, or gloo on a CPU    sums, gathered logits, and on GPUs the tokens drawn
     pulse     gloo, CPU    one number a second from everybody to everybody, on a thread of its own
 
 A process that dies closes its connections, and one that stops answers no pulse: either way every other rank's `on_broken` is
@@ -113,6 +113,11 @@ class RankGroup:
             self._tensors.gather([found] if found else [], [x], options).wait()
         return found
 
+    def share(self, x: Tensor) -> None:
+        """The leader's x, written over every other rank's, which has its shape and type."""
+        with _broken(f"rank {self.rank}: sharing the leader's tensor failed"):
+            self._tensors.broadcast([x]).wait()
+
     def send(self, message: bytes) -> None:
         """The leader's message, to every other rank."""
         head, rest = message[: PACKET_BYTES - _LENGTH_BYTES], message[PACKET_BYTES - _LENGTH_BYTES :]
@@ -147,7 +152,8 @@ class RankGroup:
         return [row.tobytes()[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
     def close(self) -> None:
-        """Leave in good order: the others' pulse ends too, and their `on_broken` is not called for it."""
+        """Leave in good order: the others' pulse ends too, and their `on_broken` is not called for it. NCCL's communicator goes with the
+        process: to be destroyed it would wait for the graphs that hold its sums."""
         self._pulse.stop()
 
     def _broadcast(self, x: Tensor) -> None:

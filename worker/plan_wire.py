@@ -1,8 +1,8 @@
 """What the leader tells the other ranks, as msgpack arrays: a step to compute, or that it is over.
 
-A step carries the plan and the tokens that the step before sampled. Only the leader samples, so all ranks go on from the same
-tokens whatever their hardware rounds, and the tokens cost no message of their own. Whoever reads gets exactly the types of
-`plan`, or `BadMessage`.
+A step carries the plan and the tokens that earlier steps sampled, as far as the leader has come to know them since its last message.
+Only the leader samples, so all ranks go on from the same tokens whatever their hardware rounds, and the tokens cost no message of
+their own. Whoever reads gets exactly the types of `plan`, or `BadMessage`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class BadMessage(ValueError):
 
 
 class Step(NamedTuple):
-    """Compute `plan`; `sampled` are the tokens of the previous plan's sampling rows, in their order."""
+    """Compute `plan`; `sampled` are the tokens of the sampling rows, in their order, of the steps that have ended since the step before was
+    sent. Those of that step itself are not among them when `plan` was made ahead."""
 
     plan: StepPlan
     sampled: tuple[int, ...]

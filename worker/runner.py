@@ -1,13 +1,14 @@
 """The model runner: turns a step plan into tensors, runs the model and the sampler, and answers with the tokens.
 
 Of several ranks the leader's does just that, after sending the plan round; the others compute the same plan on their shards and
-hear with the next one what was sampled. Sampled tokens are appended here; the scheduler hears of them, but need not send them
+hear with a later one what was sampled. Sampled tokens are appended here; the scheduler hears of them, but need not send them
 back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,12 @@ class _Ranks:
         first, count = end - row.num_tokens, min(row.num_tokens, slot.prompt_len - 1 - row.start)
         for at in range(0, count, SCORED_ROWS):
             yield _Chunk(first + at, row.start + at + 1, min(SCORED_ROWS, count - at))
+
+    def _score_chunks(self, step: Computed) -> None:
+        """A follower's part in the leader's scoring of prompts: its columns of the logits."""
+        for row, end in zip(step.rows, step.ends.tolist(), strict=True):
+            for chunk in self._chunks_to_score(self._table[row.seq], row, end):
+                self._chunk_logits(step.hidden, chunk)
 
     def _chunk_logits(self, hidden: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
         return self._model.logits(hidden[chunk.first : chunk.first + chunk.length])
@@ -195,21 +202,20 @@ class FollowerRunner(_Ranks):
             self._waiting = []
             return
         step = self._compute(plan)
-        for row, end in zip(step.rows, step.ends.tolist(), strict=True):
-            for chunk in self._chunks_to_score(self._table[row.seq], row, end):
-                self._chunk_logits(step.hidden, chunk)
+        self._score_chunks(step)
         self._last_logits(step)
         self._waiting = [self._table[row.seq] for row in plan.rows if row.samples]
 
 
 class LeaderRunner(Runner):
-    """The leader's runner: every plan goes to the other ranks first. A step that raised has left them in the middle of it, so it is
-    the last one."""
+    """The leader's runner: every plan goes to the other ranks first, a plan that was made ahead while the step before is under way.
+    A step that raised has left them in the middle of it, so it is the last one."""
 
     def __init__(self, runner: ModelRunner, group: RankGroup) -> None:
         self._runner = runner
         self._group = group
-        self._sampled: tuple[int, ...] = ()
+        self._sampled: tuple[int, ...] = ()  # which the other ranks have not been told of
+        self._told = False  # they have the next plan already
         self._failure: str | None = None
 
     def memory_bytes(self) -> MemoryBytes:
@@ -229,7 +235,11 @@ class LeaderRunner(Runner):
         return self._runner.addresses()
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step, with all ranks.
+        """Compute one step, with all ranks."""
+        return self.run_ahead(plan, lambda: None)
+
+    def run_ahead(self, plan: StepPlan, following: Callable[[], StepPlan | None]) -> StepResult:
+        """Compute one step, and where the runner does, begin the next one, with all ranks.
 
         Raises:
             GroupBroken: a rank is gone or silent, or an earlier step raised.
@@ -237,13 +247,26 @@ class LeaderRunner(Runner):
         if self._failure is not None:
             raise GroupBroken(f"an earlier step failed: {self._failure}")
         try:
-            self._group.send(pack_step(plan, self._sampled))
-            result = self._runner.run(plan)
+            if not self._told:
+                self._tell(plan)
+            self._told = False
+            result = self._runner.run_ahead(plan, partial(self._following, following))
         except BaseException as error:
             self._failure = str(error) or repr(error)
             raise
-        self._sampled = tuple(s.token for s in result.sampled)
+        self._sampled += tuple(s.token for s in result.sampled)
         return result
+
+    def _following(self, following: Callable[[], StepPlan | None]) -> StepPlan | None:
+        after = following()
+        if after is not None:
+            self._tell(after)
+            self._told = True
+        return after
+
+    def _tell(self, plan: StepPlan) -> None:
+        self._group.send(pack_step(plan, self._sampled))
+        self._sampled = ()
 
     def reset(self) -> None:
         """There is no way back: the other ranks cannot be told in the middle of a step. Raises: GroupBroken."""

@@ -14,7 +14,7 @@ from tiny_models import tiny_checkpoint
 from torch import Tensor
 
 from quire import LLM, SamplingParams
-from quire.worker import device_runner
+from quire.worker import device_layers
 from quire.worker.cuda_graphs import CudaCapture, buckets_up_to
 from quire.worker.device_runner import DeviceRunner
 from quire.worker.device_sampler import DeviceSampler
@@ -102,8 +102,8 @@ def test_graphs_ahead_give_the_tokens_of_the_plain_path(checkpoint, device, expe
     runner.run_ahead = watched
     assert outputs(llm, MIXED) == expected
     assert begun.count(True) >= 4, "decode steps are begun ahead"
-    assert set(runner._graphs._graphs) <= {1, 2, 3}
-    assert runner._graphs._graphs
+    assert set(runner._layers.graphs._graphs) <= {1, 2, 3}
+    assert runner._layers.graphs._graphs
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_shared_prefix_is_read_once_and_the_tokens_are_the_same(checkpoint, de
         seen.append(pages)
         return pages > 0
 
-    monkeypatch.setattr(device_runner, "worth_sharing", always)
+    monkeypatch.setattr(device_layers, "worth_sharing", always)
     assert [a.outputs[0].token_ids for a in llm.generate(prompts, params)] == [
         a.outputs[0].token_ids for a in plain.generate(prompts, params)
     ]
@@ -138,7 +138,7 @@ def test_warm_up_leaves_nothing_and_captures_every_bucket(checkpoint, device):
     heard = []
     llm.engine.runner.warm_up(24, lambda done, total: heard.append((done, total)))
     assert heard[-1] == (len(heard), len(heard))
-    assert set(llm.engine.runner._graphs._graphs) == {1, 2, 3}
+    assert set(llm.engine.runner._layers.graphs._graphs) == {1, 2, 3}
     assert not llm.engine.runner._table._slots
 
 
@@ -148,17 +148,18 @@ def test_a_replay_is_the_eager_step(checkpoint):
     """The same hidden states, bit for bit, for a batch that fills its bucket and for one that does not."""
     llm = engine(checkpoint, "cuda", CudaCapture(), max_running=8)
     runner = llm.engine.runner
-    assert runner._graphs is not None
+    layers = runner._layers
+    assert layers.graphs is not None
     for rows in (8, 5, 3, 1):
         plan = build_decode(rows)
         runner.reset()
         runner._move(plan)
         step = runner._table.gather(plan.rows)
         with torch.inference_mode():
-            replayed = runner._graphs.run(step).clone()
-            graphs, runner._graphs = runner._graphs, None
-            eager = runner._forward(step).hidden
-            runner._graphs = graphs
+            replayed = layers.graphs.run(step).clone()
+            graphs, layers.graphs = layers.graphs, None
+            eager = layers.compute(step).hidden
+            layers.graphs = graphs
         assert torch.equal(replayed, eager)
 
 
@@ -179,6 +180,4 @@ def test_pages_in_fp8_give_the_same_tokens_with_graphs_and_without(checkpoint):
 
 
 def build_decode(rows: int):
-    from quire.worker.device_runner import _warm_plan
-
-    return _warm_plan([1] * rows, 12, 16)
+    return device_layers.warm_plan([1] * rows, 12, 16)

@@ -54,6 +54,15 @@ def test_sums_and_gathered_tensors(size: int) -> None:
             assert all(torch.equal(got, row[:, 1:]) for got, row in zip(gathered, rows, strict=True))
 
 
+def test_the_leaders_tensor_on_every_rank() -> None:
+    def do(group: RankGroup) -> list[int]:
+        x = torch.arange(3) + 10 * group.rank
+        group.share(x)
+        return x.tolist()
+
+    assert on_each(3, do) == [[0, 1, 2]] * 3
+
+
 def test_messages_of_every_length() -> None:
     messages = [bytes(i % 251 for i in range(n)) for n in (0, 1, PACKET_BYTES - 9, PACKET_BYTES - 8, PACKET_BYTES - 7, 3 * PACKET_BYTES, 5)]
 
