@@ -97,20 +97,18 @@ class SamplingBody(Strict):
         )
 
     def longest(self, default: int | None) -> int | None:
-        """Output tokens at most, by either name.
-
-        Raises:
-            BadRequest: the two names say different things.
-        """
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise BadRequest("max_tokens", "differs from max_completion_tokens; give one of them")
-        return given.pop() if given else default
+        """Output tokens at most: both names are bounds, so the lower one counts."""
+        return min(self._bounds.values(), default=default)
 
     @property
     def names(self) -> dict[str, str]:
-        """The engine's field -> the one that the client wrote, where they differ."""
-        return {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {}
+        """The engine's `max_tokens` -> the name of the bound that counts."""
+        return {"max_tokens": min(self._bounds, key=self._bounds.__getitem__, default="max_tokens")}
+
+    @property
+    def _bounds(self) -> dict[str, int]:
+        given = {"max_tokens": self.max_tokens, "max_completion_tokens": self.max_completion_tokens}
+        return {name: bound for name, bound in given.items() if bound is not None}
 
     @property
     def told_usage(self) -> ToldUsage:

@@ -51,7 +51,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": MANY}, "max_completion_tokens"),
-    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": -1}, "max_tokens"),
 ]
 CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),

@@ -86,6 +86,18 @@ def test_the_path_of_a_nested_field_is_named() -> None:
     assert caught.value.field == "logit_bias.5"
 
 
+def test_the_lower_of_two_bounds_counts() -> None:
+    for bounds, longest, name in (
+        ({}, 9, "max_tokens"),
+        ({"max_tokens": 5}, 5, "max_tokens"),
+        ({"max_completion_tokens": 5}, 5, "max_completion_tokens"),
+        ({"max_tokens": 6, "max_completion_tokens": 5}, 5, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 5, "max_tokens"),
+    ):
+        body = chat(**bounds)
+        assert (body.longest(9), body.names) == (longest, {"max_tokens": name})
+
+
 def test_a_whole_number_may_have_a_point() -> None:
     body = parse(
         b'{"prompt": [1.0, 2], "max_tokens": 16.0, "n": 2e0, "seed": -3.0, "temperature": 0.0, "length_penalty": 1.0}', CompletionBody
