@@ -26,12 +26,15 @@ async def read_body(request: Request, of: type[Body]) -> Body:
     """The request's JSON body as an `of`.
 
     Raises:
-        ApiError: not JSON (400), a wrong content type (415), the client left.
+        ApiError: not JSON (400), a wrong content type or a compressed body (415), the client left.
         BadRequest: a field is wrong, unknown, or asks for what is not there.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind.startswith("multipart/") or (kind == "application/x-www-form-urlencoded" and not _looks_like_json(await _bytes(request))):
         raise ApiError(415, f"the body must be application/json, not {kind}")
+    packed = request.headers.get("content-encoding", "").strip().lower()
+    if packed not in ("", "identity"):
+        raise ApiError(415, f"the body must not be compressed (Content-Encoding: {packed[:MOST_TOLD]})")
     return parse(await _bytes(request), of)
 
 

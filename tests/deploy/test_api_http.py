@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -67,6 +68,9 @@ def test_every_post_refuses_what_is_no_json(scripted: ServerThread, route: str) 
     form = httpx.post(scripted.url + route, files={"file": b"x"}, timeout=WAIT_S)
     assert form.status_code == 415
     error_of(form)
+    packed = httpx.post(scripted.url + route, content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"}, timeout=WAIT_S)
+    assert packed.status_code == 415
+    assert "gzip" in error_of(packed)["message"]
 
 
 def test_curl_without_a_content_type_works(scripted: ServerThread) -> None:
