@@ -6,7 +6,6 @@ screen, and when the server is gone.
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ def load(url: str) -> Iterator[None]:
 
 
 def pictures(page: Page, server: Serve, to: Path, everything: bool) -> None:
-    admin = re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
+    admin = server.admin
     page.size(1280, 1000)
     page.open(admin + "/console")
     page.wait("document.querySelectorAll('#requests tr').length >= 10")

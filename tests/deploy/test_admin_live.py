@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import time
 from pathlib import Path
@@ -72,7 +71,7 @@ def test_a_server_under_its_operators_eyes(tmp_path: Path, capsys: pytest.Captur
         ]
         with Serve(tmp_path / "log", *flags, "--log-format", "json", "--otlp-endpoint", collector.endpoint) as server:
             server.wait_ready()
-            admin_url = re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
+            admin_url = server.admin
             ask = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "stream": True, "deadline_ms": 60_000, "priority": "high"}
             headers = {"Authorization": f"Bearer {KEY}"}
             with httpx.stream("POST", server.url + "/v1/completions", json=ask, headers=headers, timeout=WAIT_S) as stream:

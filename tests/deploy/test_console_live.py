@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import httpx
@@ -54,7 +53,7 @@ def test_an_operator_moves_a_stream_and_drains_a_replica(tmp_path: Path) -> None
     flags = ["--model", str(tmp_path / "model"), "--kv-pages", "1024", "--replicas", "3", "--no-rebalance", "--admin-token", TOKEN]
     with chromium(tmp_path / "profile") as page, Serve(tmp_path / "log", *flags) as server:
         server.wait_ready()
-        admin = re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
+        admin = server.admin
         assert httpx.get(admin + "/admin/console").status_code == 401
         page.size(1280, 900)
         sign_in(page, admin)

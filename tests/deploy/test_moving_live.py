@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_server import Serve, save_tiny_model
+from tiny_server import Serve, save_tiny_model, until
 
 from quire.deploy import cli
 
@@ -89,7 +88,7 @@ def test_streams_that_move_notice_nothing(tmp_path: Path, capsys: pytest.Capture
     flags = ["--model", str(tmp_path / "model"), "--kv-pages", "1024", "--replicas", "3", "--no-rebalance"]
     with Serve(tmp_path / "log", *flags) as server:
         server.wait_ready()
-        admin = re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
+        admin = server.admin
 
         def quire(*words: str) -> tuple[int, dict[str, Any]]:
             status = cli.main([words[0], "--admin-url", admin, *words[1:], "--json"])
@@ -117,16 +116,8 @@ def test_streams_that_move_notice_nothing(tmp_path: Path, capsys: pytest.Capture
         assert place(late) != to
         texts = [reader.leave(len(reader.text) + ON) for reader in (*readers, late)]
         assert quire("drain", to, "--undo")[1]["state"] == "ready"
-        wait_until_idle(server)  # of streams that were left, nothing is
+        until("nothing is left", lambda: not any(row["pages"]["active"] for row in server.status()["replicas"]), server.stderr, WAIT_S)
 
         calm = [Reader(server.url, number, ENDLESS) for number in (*range(STREAMS), 1)]  # nothing moves now
         assert [reader.leave(len(text))[: len(text)] for reader, text in zip(calm, texts, strict=True)] == texts
         assert 'quire_migrations_total{outcome="moved",reason="operator"} 1.0' in httpx.get(admin + "/metrics").text
-
-
-def wait_until_idle(server: Serve) -> None:
-    """Every page is free or merely cached."""
-    deadline_s = time.monotonic() + WAIT_S
-    while any(row["pages"]["active"] for row in server.status()["replicas"]):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 import yaml
 from eyes import RULES, alert_queries, alerts, dashboard_queries, with_all
 from promql import selectors
-from tiny_server import Serve, save_tiny_model
+from tiny_server import Serve, save_tiny_model, until
 
 PROMETHEUS = shutil.which("prometheus")
 WAIT_S = 240.0
@@ -37,15 +35,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not here (Debian: apt-get install --no-install-recommends prometheus)"),
 ]
-
-
-def until(what: str, true: Callable[[], Any], told: Callable[[], Any] = str) -> Any:
-    """The first true answer; fails with `told` after `WAIT_S`."""
-    deadline_s = time.monotonic() + WAIT_S
-    while not (found := true()):
-        assert time.monotonic() < deadline_s, f"it never came to this: {what}\n{told()}"
-        time.sleep(0.2)
-    return found
 
 
 class Prometheus:
@@ -159,7 +148,7 @@ class World:
 
     def __init__(self, server: Serve, load: Load, prometheus: Prometheus) -> None:
         self.server, self.load, self.prometheus = server, load, prometheus
-        self.admin = admin_of(server)
+        self.admin = server.admin
 
     def act(self, path: str, **body: Any) -> dict[str, Any]:
         """What the admin API answers to a POST."""
@@ -209,12 +198,6 @@ class World:
         return self.prometheus.number(f"max(max_over_time({metric}[10m]))") > 0
 
 
-def admin_of(server: Serve) -> str:
-    found = re.search(r"admin API on (http://\S+)", server.stderr())
-    assert found
-    return found[1]
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Everything has happened once: moves, a drain, a death, pages that ran out, requests that were refused. And it goes on."""
@@ -226,7 +209,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     flags += ["--autoscaler", "ongoing", "--target-ongoing", "100", "--min-replicas", "2", "--max-replicas", "2"]
     with Serve(path / "log", *flags) as server:
         server.wait_ready()
-        load, prometheus = Load(server.url), Prometheus(path, server.url, admin_of(server))
+        load, prometheus = Load(server.url), Prometheus(path, server.url, server.admin)
         try:
             prometheus.wait_ready()
             world = World(server, load, prometheus)

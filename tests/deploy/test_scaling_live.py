@@ -7,15 +7,13 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from test_moving_live import Reader
-from tiny_server import Serve, save_tiny_model
+from tiny_server import Serve, save_tiny_model, until
 
 from quire.deploy import cli
 
@@ -50,17 +48,6 @@ class Load:
         return [(number, reader.end()) for number, reader in self.all]
 
 
-def until(what: str, server: Serve, true: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline_s, f"it never came to this: {what}\n{server.stderr()}"
-        time.sleep(0.1)
-
-
-def admin_of(server: Serve) -> str:
-    return re.search(r"admin API on (http://[0-9.:]+)", server.stderr())[1]  # type: ignore[index]
-
-
 def moved(admin: str, *reasons: str) -> float:
     text = httpx.get(admin + "/metrics", timeout=60).text
     found = re.findall(r'quire_migrations_total\{outcome="moved",reason="(\w+)"\} ([0-9.]+)', text)
@@ -76,7 +63,7 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
     scaling = ["--autoscaler", "ongoing", "--target-ongoing", str(LIVE // 2), "--max-replicas", "2", "--scale-up-cooldown-s", "0"]
     with Serve(tmp_path / "log", "--model", str(tmp_path / "model"), "--kv-pages", "512", *scaling) as server:
         server.wait_ready()
-        admin = admin_of(server)
+        admin = server.admin
 
         def states() -> dict[str, str]:
             return {row["id"]: row["state"] for row in server.status()["replicas"]}
@@ -94,8 +81,8 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
         assert set(states()) == {"replica-0"}
 
         load = Load(server.url)
-        until("a second replica is ready", server, lambda: states() == {"replica-0": "ready", "replica-1": "ready"})
-        until("it has taken over running streams", server, lambda: moved(admin, "fill", "rebalance") >= 1)
+        until("a second replica is ready", lambda: states() == {"replica-0": "ready", "replica-1": "ready"}, server.stderr)
+        until("it has taken over running streams", lambda: moved(admin, "fill", "rebalance") >= 1, server.stderr)
         up = next(d for d in scaling_view()["decisions"] if d["target"] == 2)
         assert (up["before"], up["why"]) == (1, "policy")
         assert up["wanted"] > 1  # by requests that run, or that wait there or here
@@ -103,14 +90,14 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
 
         status, view = quire("scale", "1")
         assert (status, view["target"], view["by_hand"]) == (0, 1, True)
-        until("one of them is gone", server, lambda: len(states()) == 1)
+        until("one of them is gone", lambda: len(states()) == 1, server.stderr)
         assert moved(admin, "drain") >= 1
 
         assert quire("scale", "2")[1]["target"] == 2
-        until("another has come", server, lambda: sorted(states().values()) == ["ready", "ready"])
+        until("another has come", lambda: sorted(states().values()) == ["ready", "ready"], server.stderr)
         os.kill(server.status()["controller"]["pid"], signal.SIGKILL)
-        until("the controller is back, and knows", server, lambda: scaling_view().get("target") == 2 and scaling_view()["by_hand"])
-        until("both serve", server, lambda: sorted(states().values()) == ["ready", "ready"])
+        until("the controller is back, and knows", lambda: scaling_view().get("target") == 2 and scaling_view()["by_hand"], server.stderr)
+        until("both serve", lambda: sorted(states().values()) == ["ready", "ready"], server.stderr)
 
         ended = load.end()
         assert len(ended) >= LIVE
@@ -127,7 +114,7 @@ def test_the_last_replica_goes_and_the_next_request_brings_one(tmp_path: Path) -
     scaling = ["--autoscaler", "queue", "--min-replicas", "0", "--max-replicas", "1", "--scale-to-zero-s", "1"]
     with Serve(tmp_path / "log", "--model", str(tmp_path / "model"), "--kv-pages", "256", *scaling) as server:
         server.wait_ready()
-        until("nothing is left", server, lambda: server.status()["replicas"] == [])
+        until("nothing is left", lambda: server.status()["replicas"] == [], server.stderr)
         assert httpx.get(server.url + "/health", timeout=60).status_code == 200
         first, second = Reader(server.url, 1, 100), Reader(server.url, 1, 100)  # both wait for it
         assert first.end() == second.end()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tiny_server import Serve, save_tiny_model
+from tiny_server import Serve, save_tiny_model, until
 
 from quire.deploy.process_tree import Process, descendants, end, is_alive
 
@@ -60,10 +60,8 @@ def kill(server: Serve, pid: int) -> None:
     process = next(p for p in descendants(server.process.pid) if p.pid == pid)
     os.kill(pid, signal.SIGKILL)
     end([process], WAIT_S)
-    deadline_s = time.monotonic() + WAIT_S
-    while Path(f"/proc/{pid}").exists():  # a zombie's threads may still be there, and hold its sockets
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    # A zombie's threads may still be there, and hold its sockets.
+    until("it is no zombie either", lambda: not Path(f"/proc/{pid}").exists(), server.stderr, WAIT_S)
 
 
 def complete(url: str, **body: object) -> httpx.Response:
@@ -82,17 +80,12 @@ def in_a_ray(server: Serve, monkeypatch: pytest.MonkeyPatch) -> Flags:
 
 def wait_until_it_serves_again(server: Serve, ingress: str, before: str) -> None:
     """Its log said `before` when the ingress was still there."""
-    deadline_s = time.monotonic() + WAIT_S
-    while server.stderr().count(f"{ingress} serves") == before.count(f"{ingress} serves"):
-        assert time.monotonic() < deadline_s, server.stderr()
-        time.sleep(0.05)
+    served = f"{ingress} serves"
+    until(served, lambda: server.stderr().count(served) != before.count(served), server.stderr, WAIT_S)
 
 
 def wait_until_gone(processes: list[Process]) -> None:
-    deadline_s = time.monotonic() + 2 * WAIT_S
-    while any(is_alive(p) for p in processes):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    until("all are gone", lambda: not any(map(is_alive, processes)), lambda: [p for p in processes if is_alive(p)], 2 * WAIT_S)
 
 
 @pytest.mark.ray
@@ -203,10 +196,7 @@ def test_a_second_signal_cuts_off_what_runs(server: Serve) -> None:
         lines = stream.iter_lines()  # kept: when it goes, the connection is closed
         next(lines)
         server.signal_group(signal.SIGINT)
-        deadline_s = time.monotonic() + WAIT_S
-        while "a second signal" not in server.stderr():
-            assert time.monotonic() < deadline_s, server.stderr()
-            time.sleep(0.02)
+        until("it knows of the first", lambda: "a second signal" in server.stderr(), server.stderr, WAIT_S)
         server.signal_group(signal.SIGINT)
         assert server.wait() == 0
     assert server.left_behind() == []

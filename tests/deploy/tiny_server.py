@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def save_tiny_model(path: Path, max_model_len: int = 8192, seed: int = 0) -> Non
         bos_token_id=256,
     )
     LlamaForCausalLM(config).save_pretrained(path)
+
+
+def until(what: str, true: Callable[[], Any], told: Callable[[], Any], within_s: float = 240.0) -> Any:
+    """The first true answer; fails with what is `told` when there is none in time."""
+    deadline_s = time.monotonic() + within_s
+    while not (found := true()):
+        assert time.monotonic() < deadline_s, f"it never came to this: {what}\n{told()}"
+        time.sleep(0.1)
+    return found
 
 
 class Serve:
@@ -85,13 +95,18 @@ class Serve:
         """Its processes that were not there when `below` was taken."""
         return [p for p in descendants(self.process.pid) if p not in self.below]
 
+    @property
+    def admin(self) -> str:
+        """The address of its admin API."""
+        found = re.search(r"admin API on (http://\S+)", self.stderr())
+        assert found is not None, self.stderr()
+        return found[1]
+
     def status(self) -> dict[str, Any]:
         """What the admin API says; asked again while the controller is away."""
-        admin = re.search(r"admin API on (http://\S+)", self.stderr())
-        assert admin is not None, self.stderr()
         deadline_s = time.monotonic() + END_TIMEOUT_S
         while True:
-            answer = httpx.get(admin[1] + "/admin/status", timeout=END_TIMEOUT_S)
+            answer = httpx.get(self.admin + "/admin/status", timeout=END_TIMEOUT_S)
             if answer.status_code == 200:
                 found: dict[str, Any] = answer.json()
                 return found
