@@ -219,6 +219,7 @@ class AutoscalingContext:
             "ready": self.current_num_replicas,
             "unready_s": round(self.unready_s, 3),
             "queued_requests": self.queued_requests,
+            "waiting_requests": sum(r.waiting for r in self.replicas),
             "running_requests": self.total_running_requests,
             "waiting_tokens": self.waiting_tokens,
             "arrivals_per_s": round(self.arrivals.requests_per_s, 3),

@@ -188,9 +188,7 @@ def same_service(one: QuireOptions, other: QuireOptions) -> bool:
 
 def _served(options: QuireOptions) -> QuireOptions:
     model = replace(options.engine.model, threads=None)
-    return QuireOptions(
-        replace(options.engine, model=model), cluster=replace(options.cluster, ray_address=None), autoscaling=options.autoscaling
-    )
+    return shared(replace(options, engine=replace(options.engine, model=model)))
 
 
 def with_threads(options: QuireOptions, cores: int) -> QuireOptions:
