@@ -80,7 +80,6 @@ def start(url: str) -> list[Reader]:
     return readers
 
 
-@pytest.mark.xfail(strict=False, reason="passes alone; on a machine with other work its waits may run out")
 @pytest.mark.ray
 @pytest.mark.slow
 def test_streams_that_move_notice_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,6 @@ def moved(admin: str, *reasons: str) -> float:
     return sum(float(count) for reason, count in found if reason in reasons)
 
 
-@pytest.mark.xfail(strict=False, reason="passes alone; on a machine with other work its waits may run out")
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
