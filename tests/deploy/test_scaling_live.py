@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_moving_live import Reader
+from streams import Reader, numbered
 from tiny_server import Serve, save_tiny_model, until
 
 from quire.deploy import cli
@@ -37,7 +37,7 @@ class Load:
         while not self._stop.is_set():
             for number in range(LIVE):
                 if number not in live or not live[number].thread.is_alive():
-                    live[number] = Reader(self._url, number, TOKENS)
+                    live[number] = numbered(self._url, number, TOKENS)
                     self.all.append((number, live[number]))
             live[0].thread.join(0.05)
 
@@ -75,7 +75,7 @@ def test_running_streams_go_where_replicas_come_and_leave_where_they_go(tmp_path
             status = cli.main([words[0], "--admin-url", admin, *words[1:], "--json"])
             return status, json.loads(capsys.readouterr().out)
 
-        calm = [Reader(server.url, number, TOKENS).end() for number in range(LIVE)]  # one after the other
+        calm = [numbered(server.url, number, TOKENS).end() for number in range(LIVE)]  # one after the other
         assert {error for _, _, error in calm} == {""}
         assert set(states()) == {"replica-0"}
 
@@ -115,7 +115,7 @@ def test_the_last_replica_goes_and_the_next_request_brings_one(tmp_path: Path) -
         server.wait_ready()
         until("nothing is left", lambda: server.status()["replicas"] == [], server.stderr)
         assert httpx.get(server.url + "/health", timeout=60).status_code == 200
-        first, second = Reader(server.url, 1, 100), Reader(server.url, 1, 100)  # both wait for it
+        first, second = numbered(server.url, 1, 100), numbered(server.url, 1, 100)  # both wait for it
         assert first.end() == second.end()
         assert first.error == ""
         assert first.tokens > 0
