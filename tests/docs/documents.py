@@ -2,8 +2,11 @@
 
 A block of shell or Python carries a mark, an HTML comment on the line above its fence, which GitHub does not show:
 
+    <!-- run -->                          test_documented_commands_live.py runs it, in the order of the page
+    <!-- run: serve -->                   the same: one command that serves until the blocks after it have run
     <!-- run by tests/x/test_y.py -->     the tests of that file run it, or the same with smaller numbers
     <!-- not run: needs a GPU -->         nobody runs it, for that reason; its words are checked all the same
+    <!-- output -->                       above a block without a language: what the block before prints, numbers aside
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "helm" / "README.md"]
 SHELL = ("sh", "bash", "console")
 _FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
-_MARK = re.compile(r"^\s*<!-- ((?:not )?run\b.*?) -->\s*$")
+_MARK = re.compile(r"^\s*<!-- ((?:not )?run\b.*?|output) -->\s*$")
 _LINK = re.compile(r"\[[^\]\[]*(?:\[[^\]]*\][^\]\[]*)?\]\(([^()\s]+)\)")
 _BEFORE = re.compile(r"[A-Za-z_]+=|(export|until|do|done|!|\$)$")
 _HEREDOC = re.compile(r"<<-?\s*'?(\w+)'?([^\n]*)\n.*?\n\1(?=\n|$)", re.DOTALL)
