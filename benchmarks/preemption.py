@@ -1,16 +1,17 @@
 """What is done when pages run out: the single reflexes against the decision, on half of the pages that the requests would like.
 
-    python benchmarks/preemption.py                  recompute, swap and decide in one engine: about 4 minutes on two cores
-    python benchmarks/preemption.py --replicas 2     with migrate, which needs somewhere to go: `quire serve`; about 6 minutes
+    python benchmarks/preemption.py                  recompute, swap and decide in one engine: about 8 minutes on two cores
+    python benchmarks/preemption.py --replicas 2     with migrate, which needs somewhere to go: `quire serve`; about 12 minutes
     python benchmarks/preemption.py --requests 24    a first look
 
 Requests have the lengths of the Azure conversation trace (Azure/AzurePublicDataset, AzureLLMInferenceTrace_conv.csv, CC-BY-4.0; cite Patel
 et al., Splitwise, ISCA 2024), prompts divided by 8 and outputs by 2, so that sequences grow to about twice what they begin with. Prompts
 are random tokens; `--concurrency` requests are open at each replica. The demand is what so many hold at their ends, on average; the pool
-has `--pool` of that. With `--rounds` above 1 all modes take turns, every other round in reverse order, because a shared machine is not the
-same from minute to minute. TPOT is the mean time of a request's tokens after the first. The recompute
-tax is the share of all computed tokens that were computed before. With one replica the engine runs in this process, so that nothing but
-the engine decides how much it is pressed; with several, the controller shares requests out, and holds them back.
+has `--pool` of that. TPOT is the mean time of a request's tokens after the first. The recompute tax is the share of all computed tokens
+that were computed before. With one replica there is an engine for each mode in this process, so that nothing but the engine decides how
+much it is pressed. They take turns step by step, and the clock of each counts its own steps, because a shared machine is not the same from
+minute to minute. With several replicas the controller shares requests out, and holds them back; the modes run one after the other, in
+every other of `--rounds` in reverse order.
 
 Goals: the decision is at least as good as the best reflex on output tokens/s and on TPOT p99 (within `NOISE`, which runs of one mode
 differ by), and its recompute tax is below 2 %.
@@ -71,51 +72,70 @@ def write_trace(trace: list[LoadRequest], path: Path) -> None:
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(rows))
 
 
-def run_engine(mode: str, args: argparse.Namespace, trace: list[LoadRequest]) -> dict[str, Any]:
-    """One mode's figures, from an engine in this process."""
-    options = {"page_size": PAGE_SIZE, "kv_pages": args.kv_pages, "host_memory": args.host_memory, "threads": args.threads}
-    engine = LLM(args.model, progress=False, max_running=args.concurrency, preemption=mode, **options).engine
-    moved = threading.Event()
-    engine.runner.watch(moved.set)
-    times_s: dict[str, list[float]] = {}
-    sent_s: dict[str, float] = {}
-    upcoming = iter(enumerate(trace))
-    open_requests = 0
-    begin_s = time.perf_counter()
-    with tqdm(total=len(trace), desc=mode, unit="req", file=sys.stderr) as bar:
-        while bar.n < len(trace):
-            for i, request in islice(upcoming, args.concurrency - open_requests):
-                name = str(i)
-                params = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
-                engine.submit(GenerateRequest(name, (request.prompt,), params))
-                times_s[name], sent_s[name] = [], time.perf_counter()
-                open_requests += 1
-            for output in engine.step():
-                times_s[output.request_id].append(time.perf_counter())
-                if output.finish is not None:
-                    open_requests -= 1
-                    bar.update()
-            if engine.resting:
-                moved.wait(0.1)
-                moved.clear()
-    took_s = time.perf_counter() - begin_s
-    stats = engine.stats()
-    tpots_ms = sorted(1000 * (at[-1] - at[0]) / (len(at) - 1) for at in times_s.values() if len(at) > 1)
-    computed = sum(len(request.prompt) + request.output_tokens for request in trace) - stats.prefix_hit_tokens + stats.recomputed_tokens
-    return {
-        "mode": mode,
-        "failed": 0,
-        "output_tokens_per_s": stats.output_tokens / took_s,
-        "tpot_p50_ms": percentile(tpots_ms, 50),
-        "tpot_p99_ms": percentile(tpots_ms, 99),
-        "ttft_p50_ms": percentile(sorted(1000 * (at[0] - sent_s[name]) for name, at in times_s.items()), 50),
-        "recompute_tax": stats.recomputed_tokens / computed,
-        "stall_s": stats.stall_seconds,
-        "predicted_s": sum(stats.predicted_seconds.values()),
-        "actual_s": sum(stats.actual_seconds.values()),
-        "preemptions": stats.preemptions,
-        "moved_bytes": stats.moved_bytes,
-    }
+class EngineRun:
+    """One mode's engine in this process, under the whole load, by a clock that stands still between its steps."""
+
+    def __init__(self, mode: str, args: argparse.Namespace, trace: list[LoadRequest]) -> None:
+        options = {"page_size": PAGE_SIZE, "kv_pages": args.kv_pages, "host_memory": args.host_memory, "threads": args.threads}
+        self.mode, self._trace, self._concurrency = mode, trace, args.concurrency
+        self._engine = LLM(args.model, progress=False, max_running=args.concurrency, preemption=mode, **options).engine
+        self._moved = threading.Event()
+        self._engine.runner.watch(self._moved.set)
+        self._upcoming = iter(enumerate(trace))
+        self._times_s: dict[str, list[float]] = {}
+        self._sent_s: dict[str, float] = {}
+        self._clock_s = 0.0
+        self._open = self.ended = 0
+
+    def step(self) -> None:
+        """What is to be sent, and one step."""
+        for i, request in islice(self._upcoming, self._concurrency - self._open):
+            params = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
+            self._engine.submit(GenerateRequest(str(i), (request.prompt,), params))
+            self._times_s[str(i)], self._sent_s[str(i)] = [], self._clock_s
+            self._open += 1
+        begin_s = time.perf_counter()
+        outputs = self._engine.step()
+        if self._engine.resting:
+            self._moved.wait(0.1)
+            self._moved.clear()
+        self._clock_s += time.perf_counter() - begin_s
+        for output in outputs:
+            self._times_s[output.request_id].append(self._clock_s)
+            if output.finish is not None:
+                self._open -= 1
+                self.ended += 1
+
+    def figures(self) -> dict[str, Any]:
+        """Of a run that has ended."""
+        stats, times_s = self._engine.stats(), self._times_s
+        tpots_ms = sorted(1000 * (at[-1] - at[0]) / (len(at) - 1) for at in times_s.values() if len(at) > 1)
+        asked = sum(len(request.prompt) + request.output_tokens for request in self._trace)
+        return {
+            "mode": self.mode,
+            "failed": 0,
+            "output_tokens_per_s": stats.output_tokens / self._clock_s,
+            "tpot_p50_ms": percentile(tpots_ms, 50),
+            "tpot_p99_ms": percentile(tpots_ms, 99),
+            "ttft_p50_ms": percentile(sorted(1000 * (at[0] - self._sent_s[name]) for name, at in times_s.items()), 50),
+            "recompute_tax": stats.recomputed_tokens / (asked - stats.prefix_hit_tokens + stats.recomputed_tokens),
+            "stall_s": stats.stall_seconds,
+            "predicted_s": sum(stats.predicted_seconds.values()),
+            "actual_s": sum(stats.actual_seconds.values()),
+            "preemptions": stats.preemptions,
+            "moved_bytes": stats.moved_bytes,
+        }
+
+
+def run_engines(modes: list[str], args: argparse.Namespace, trace: list[LoadRequest]) -> list[dict[str, Any]]:
+    """The figures of every mode. They take turns, step by step, so that all of them see the same machine."""
+    runs = [EngineRun(mode, args, trace) for mode in modes]
+    with tqdm(total=len(runs) * len(trace), unit="req", file=sys.stderr) as bar:
+        while runs_on := [run for run in runs if run.ended < len(trace)]:
+            for run in runs_on:
+                run.step()
+            bar.update(sum(run.ended for run in runs) - bar.n)
+    return [run.figures() for run in runs]
 
 
 def counters(url: str) -> dict[str, float]:
@@ -226,7 +246,7 @@ def main() -> int:
     add_arguments(parser, "preemption", 1, 0)
     parser.add_argument("--vocab-size", type=int, default=10_000, help="bound of random token ids")
     parser.add_argument("--modes", nargs="+", choices=("recompute", "swap", "migrate", DECIDE), help="default: those that are possible")
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=180, help="of fewer than about 150, the 99th percentile is one request's")
     parser.add_argument("--concurrency", type=int, default=16, help="open requests of each replica")
     parser.add_argument("--pool", type=float, default=0.5, help="pages, as a share of the demand, if --kv-pages is 0")
     parser.add_argument("--host-memory", default="2GiB", help="of each replica")
@@ -237,18 +257,17 @@ def main() -> int:
     modes = args.modes or ["recompute", "swap", *(["migrate"] if args.replicas > 1 else []), DECIDE]
     trace = scaled_trace(args.trace, args.requests, args.vocab_size)
     args.kv_pages = args.kv_pages or pool_pages(trace, args)
-    run = run_served if args.replicas > 1 else run_engine
     inputs, outputs = (sum(lengths) / len(trace) for lengths in zip(*((len(r.prompt), r.output_tokens) for r in trace), strict=True))
     print(
         f"{len(trace)} requests of {inputs:.0f} + {outputs:.0f} tokens on average, {args.kv_pages} pages for each replica", file=sys.stderr
     )
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for number in range(args.rounds):
-        for mode in modes[:: 1 if number % 2 == 0 else -1]:
-            found[mode].append(run(mode, args, trace))
-            last = found[mode][-1]
+        order = modes[:: 1 if number % 2 == 0 else -1]
+        for last in run_engines(order, args, trace) if args.replicas == 1 else (run_served(mode, args, trace) for mode in order):
+            found[last["mode"]].append(last)
             print(
-                f"round {number + 1}, {mode}: {last['output_tokens_per_s']:.1f} tokens/s, TPOT p99 {last['tpot_p99_ms']:.0f} ms, "
+                f"round {number + 1}, {last['mode']}: {last['output_tokens_per_s']:.1f} tokens/s, TPOT p99 {last['tpot_p99_ms']:.0f} ms, "
                 f"recompute tax {last['recompute_tax']:.2%}",
                 file=sys.stderr,
             )

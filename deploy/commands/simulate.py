@@ -71,6 +71,13 @@ def add_parser(commands: Any) -> None:
         "--migration", action=argparse.BooleanOptionalAction, default=True, help="running requests may move (default: yes)"
     )
     cluster.add_argument("--max-queue-wait-s", type=positive_float, metavar="S", help="refuse what would wait longer (default: nothing)")
+    cluster.add_argument(
+        "--hop-ms",
+        type=nonnegative_float,
+        default=1.0,
+        metavar="MS",
+        help="that a message from one process to another takes; a request's way there and back has four (default: 1)",
+    )
     cluster.add_argument("--startup-s", type=nonnegative_float, metavar="S", help="of a replica (default: as the profile says)")
     add_flags(parser, AUTOSCALING)
     report = parser.add_argument_group("report")
@@ -131,6 +138,7 @@ def _options(args: argparse.Namespace) -> SimulationOptions:
         args.prefill_replicas,
         args.queue_order,
         limits,
+        hop_s=args.hop_ms / 1000,
         seed=args.seed,
         autoscaler=(lambda: autoscaler_of(quire)) if scales else None,
     )

@@ -50,6 +50,16 @@ def test_the_same_seed_gives_the_same_figures(trace, tmp_path):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_lone_request_has_four_messages_on_its_way(tmp_path):
+    trace, ttfts_ms = tmp_path / "lone.csv", []
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:00.0000000,200,20\n")
+    for hop_ms in ("0", "25"):
+        out = tmp_path / f"{hop_ms}.json"
+        assert cli.main(["simulate", "--trace", str(trace), "--hop-ms", hop_ms, "--json", str(out)]) == 0
+        ttfts_ms.append(json.loads(out.read_text())["summary"]["ttft_ms"]["p50"])
+    assert ttfts_ms[1] == pytest.approx(ttfts_ms[0] + 100)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
