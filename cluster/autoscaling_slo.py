@@ -3,7 +3,8 @@
 With n replicas of prefill speed v, work for prefill that comes at rate w (tokens/s), and r sequences that run in all:
 
     rho(n)  = w / (n v)                                             the share of the time in which a replica computes prompts
-    wait(n) = max(tokens that wait / (n v),  tail(n))
+    wait(n) = max(left / (n v),  tail(n))
+    left = tokens that wait, less what the replicas that are to be work off beside what comes, in the time that another takes to start
     tail(n) = m (1 + c2) / (2 n (1 - rho)) * ln(100 p)              99th percentile of the wait in a queue with n servers, if p > 0.01;
               p = rho ** (sqrt(2 (n + 1)) - 1)                      the probability of a wait (Sakasegawa 1977)
     ttft(n) = wait(n) + long prompt / v + step(n)
@@ -135,7 +136,9 @@ def forecast(ctx: AutoscalingContext, line: StepLine, n: int) -> Forecast:
     """By the formulas at the head of this file. The speed of prefill must be known."""
     v, come = ctx.speed, ctx.arrivals
     rho = come.tokens_per_s / (n * v)
-    wait_s = inf if rho >= 1 else max(ctx.waiting_tokens / (n * v), _tail_s(n, rho, come.mean_tokens / v, come.variation))
+    spare = max(ctx.target_num_replicas * v - come.tokens_per_s, 0.0)
+    left = max(ctx.waiting_tokens - spare * ctx.start_s, 0.0)
+    wait_s = inf if rho >= 1 else max(left / (n * v), _tail_s(n, rho, come.mean_tokens / v, come.variation))
     step_s = line.step_s(ctx.total_num_requests / n)
     share = min(rho, 1.0)
     tpot_s = 1 / ((1 - share) / step_s + share * v / ctx.batch_tokens) if step_s else 0.0
