@@ -98,7 +98,7 @@ class Serve:
     @property
     def admin(self) -> str:
         """The address of its admin API."""
-        found = re.search(r"admin API on (http://\S+)", self.stderr())
+        found = re.search(r"admin API on (http://[\w.:]+)", self.stderr())
         assert found is not None, self.stderr()
         return found[1]
 

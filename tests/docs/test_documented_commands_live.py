@@ -81,9 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     assert (name, serve) == ("quire", "serve")
     with Serve(path / "serve.log", *flags) as server:
         server.wait_ready()
-        admin = re.search(r"admin API on (http://\S+)", server.stderr())
-        assert admin is not None
-        place = Place(path, server.url, admin[1])
+        place = Place(path, server.url, server.admin)
         _put_quire(place)
         yield place
         server.look_below()
