@@ -250,7 +250,7 @@ def test_a_step_that_raises_with_another_one_begun_is_the_last() -> None:
 def test_with_the_kernels_of_a_gpu(tp: int, tmp_path: Path) -> None:
     """Triton's, in the interpreter."""
     path = tiny_checkpoint(tmp_path)
-    options = options_of(path, tp)
+    options = options_of(path, tp, 600.0)  # a step takes seconds
     want = [o[:6] for o in plain(path, 1, GREEDY)[0]], [o[:6] for o in plain(path, 1, DRAWN)[0]]
     of_a_gpu = replace(options, model=replace(options.model, attention="triton"), cache=replace(options.cache, page_size=16, kv_pages=20))
     watched = Watched()
