@@ -30,7 +30,7 @@ async def completions(request: Request) -> Response:
     api.check_model(body.model)
     prompts = read_prompts(body.prompt, api.limits.max_prompts)
     ids = await api.text.encode_all(prompts, body.add_special_tokens, field="prompt")
-    longest = body.longest(COMPLETION_MAX_TOKENS)
+    longest = body.longest(COMPLETION_MAX_TOKENS, api.context)
     params = body.sampling(max_tokens=longest, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
     only_prompt = body.echo and longest == 0  # scoring: one token is drawn, because a step does, and thrown away
     asked = Asked(

@@ -30,6 +30,11 @@ class Api:
     tracing: Tracing | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and output that one sequence can have: what the model takes, and the page pool holds."""
+        return min(self.info.max_model_len, self.info.pool_tokens)
+
     def latencies(self) -> tuple[Percentiles | None, Percentiles | None]:
         """Of time to first token and per output token, lately."""
         return self.metrics.ttft.percentiles(), self.metrics.tpot.percentiles()

@@ -119,9 +119,9 @@ def _chat(api: Api) -> Schema:
 
 def _completion(api: Api) -> Schema:
     text = {"type": "string", "minLength": 1}
-    ids = _array(_token(api), 1, _longest(api) - 1)
+    ids = _array(_token(api), 1, api.context - 1)
     several = [_array(each, 1, api.limits.max_prompts) for each in (text, ids)]
-    longest = {**_integer(0, _longest(api) - 1), "default": COMPLETION_MAX_TOKENS, "description": "0 with echo"}
+    longest = {**_integer(0, api.context - 1), "default": COMPLETION_MAX_TOKENS, "description": "0 with echo"}
     given = {
         "prompt": {"anyOf": [text, ids, *several]},
         "logprobs": _integer(0, api.limits.max_logprobs),
@@ -136,7 +136,7 @@ def _generating(api: Api, of: type[SamplingBody], given: dict[str, Schema], *nee
     """A body that asks for text; with the fields that are ignored, or may only say that they are not used."""
     body = _body(of, {**_sampling(api), **given})
     neutral: dict[str, Schema] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
-    neutral["best_of"] = {"type": ["integer", "null"], "description": "must equal n"}
+    neutral["best_of"] = {"enum": [None], "description": "taken too where it equals n"}
     body["properties"] |= neutral | {name: {} for name in sorted(IGNORED)}
     body["allOf"] = [_needs("stream_options", {"type": "object"}, "stream"), *needs]
     return body
@@ -168,7 +168,7 @@ def _sampling(api: Api) -> dict[str, Schema]:
     """The fields of `SamplingBody` that have bounds."""
     limits, penalty = api.limits, _number(-2, 2)
     stop = {"type": "string", "minLength": 1, "maxLength": limits.max_stop_chars}
-    longest = _integer(1, _longest(api) - 1)
+    longest = _integer(1, api.context - 1)
     return {
         "model": _model(api),
         "stream_options": {**_body(StreamOptions, {}), "description": "only with stream=true"},
@@ -192,7 +192,7 @@ def _sampling(api: Api) -> dict[str, Schema]:
         "seed": _integer(-(2**63), 2**63 - 1),
         "stop": {"anyOf": [stop, _array(stop, 0, limits.max_stop)]},
         "stop_token_ids": _array(_token(api), 0, limits.max_stop),
-        "min_tokens": _integer(0, _longest(api) - 1),
+        "min_tokens": _integer(0, api.context - 1),
         "priority": {"anyOf": [_integer(*PRIORITIES), {"enum": list(NAMED)}]},
         "deadline_ms": _integer(*DEADLINES_MS),
     }
@@ -238,10 +238,6 @@ def _model(api: Api) -> Schema:
 
 def _token(api: Api) -> Schema:
     return _integer(0, api.info.vocab_size - 1)
-
-
-def _longest(api: Api) -> int:
-    return min(api.info.max_model_len, api.info.pool_tokens)
 
 
 def _integer(least: int, most: int) -> Schema:

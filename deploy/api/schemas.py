@@ -96,9 +96,17 @@ class SamplingBody(Strict):
             ignore_eos=self.ignore_eos,
         )
 
-    def longest(self, default: int | None) -> int | None:
-        """Output tokens at most: both names are bounds, so the lower one counts."""
-        return min(self._bounds.values(), default=default)
+    def longest(self, default: int | None, context: int) -> int | None:
+        """Output tokens at most: both names are bounds, so the lower one counts.
+
+        Raises:
+            BadRequest: the other one could never be met in a context of so many tokens. (What counts is checked at the door.)
+        """
+        longest = min(self._bounds.values(), default=default)
+        for name, bound in self._bounds.items():
+            if bound != longest and bound >= context:
+                raise BadRequest(name, f"{bound} output tokens and a prompt exceed the context of {context} tokens")
+        return longest
 
     @property
     def names(self) -> dict[str, str]:

@@ -52,6 +52,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": MANY}, "max_completion_tokens"),
     ({"max_completion_tokens": 5, "max_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": MANY, "max_tokens": 5}, "max_completion_tokens"),
 ]
 CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),

@@ -95,7 +95,7 @@ def test_the_lower_of_two_bounds_counts() -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, 5, "max_tokens"),
     ):
         body = chat(**bounds)
-        assert (body.longest(9), body.names) == (longest, {"max_tokens": name})
+        assert (body.longest(9, 100), body.names) == (longest, {"max_tokens": name})
 
 
 def test_a_whole_number_may_have_a_point() -> None:

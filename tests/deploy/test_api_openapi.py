@@ -73,7 +73,7 @@ def takes(server: ServerThread, route: str, **fields: Any) -> bool:
     of, least = BODIES[route]
     try:
         body = parse(json.dumps({**least, **fields}).encode(), of)
-        params = body.sampling(max_tokens=body.longest(None), logprobs=None)
+        params = body.sampling(max_tokens=body.longest(None, server.api.context), logprobs=None)
         read_urgency(body, Headers())
         Door.of(server.api.info, LimitOptions()).check(GenerateRequest("r", ((1,),), params))
     except (ApiError, BadRequest):
@@ -109,7 +109,7 @@ def test_its_bounds_are_those_of_the_door(scripted: ServerThread, route: str) ->
         {"stop": "a"},
         {"stop": ["a", "b"], "stop_token_ids": [0, 5]},
         {"logit_bias": {"5": -1.5}, "seed": -1, "priority": "high", "deadline_ms": 5},
-        {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}, "best_of": 1},
+        {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "u", "metadata": {"a": "b"}},
     ],
 )
 @pytest.mark.parametrize("route", BODIES)
