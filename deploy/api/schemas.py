@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...worker.protocol import BadRequest, SamplingParams
 
@@ -35,9 +35,15 @@ class ToldUsage(Enum):
 class StreamOptions(Strict):
     """`stream_options`."""
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: with include_usage, each chunk tells the usage so far
-    include_obfuscation: bool | None = None  # padding against traffic analysis: accepted, not added
+    include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, each chunk tells the usage so far
+    include_obfuscation: bool = False  # padding against traffic analysis: accepted, not added
+
+    @model_validator(mode="before")
+    @classmethod
+    def null_is_not_given(cls, given: Any) -> Any:
+        """As `body` reads a whole request."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class SamplingBody(Strict):

@@ -123,7 +123,9 @@ def test_numbers_that_overflow_are_refused() -> None:
 
 
 def test_null_means_not_given_even_for_unknown_fields() -> None:
-    body = chat(temperature=None, tools=None, colour=None, stop=None, seed=None, stream=True, stream_options={"include_usage": None})
+    body = chat(
+        temperature=None, tools=None, colour=None, stop=None, seed=None, stream=True, stream_options={"include_usage": None, "x": None}
+    )
     assert body.temperature == 1.0
     assert body.told_usage is ToldUsage.NEVER
     assert body.sampling(max_tokens=None, logprobs=None) == SamplingParams()
