@@ -24,11 +24,12 @@ async def tokenize(request: Request) -> JSONResponse:
     api.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("prompt", "give either prompt or messages")
+    values = read_values(body.chat_template_kwargs)
     if body.prompt is not None:
         tokens = await api.text.encode(body.prompt, body.add_special_tokens is not False, field="prompt")
     else:
         messages = read_messages(body.messages or [])
-        text = await api.text.render(messages, body.add_generation_prompt, read_values(body.chat_template_kwargs))
+        text = await api.text.render(messages, body.add_generation_prompt, values)
         tokens = await api.text.encode(text, body.add_special_tokens is True, field="messages")
     out: dict[str, Any] = {"count": len(tokens), "max_model_len": api.info.max_model_len, "tokens": tokens}
     if body.return_token_strs:

@@ -234,6 +234,7 @@ def test_the_chat_template_sees_the_values_that_are_given(
         ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"x": []}}, "chat_template_kwargs.x"),
         ("/tokenize", {"prompt": "a" * 1_000_000}, "prompt"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [10**9]}, "tokens"),

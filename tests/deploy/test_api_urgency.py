@@ -48,7 +48,7 @@ def test_the_engine_hears_what_body_or_header_say(
     ("body", "headers", "field"),
     [
         ({"priority": "urgent"}, {}, "priority"),
-        ({"priority": 1.0}, {}, "priority"),
+        ({"priority": 1.5}, {}, "priority"),
         ({"priority": True}, {}, "priority"),
         ({"priority": [1]}, {}, "priority"),
         ({"priority": 2**31}, {}, "priority"),
