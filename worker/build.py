@@ -106,7 +106,12 @@ def _runner(
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere
 
     sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, kv.pool.device)
-    return DeviceRunner(rank.model, kv, sampler, *rest, capture=None if options.model.deterministic else CudaCapture(), group=group)
+    return DeviceRunner(rank.model, kv, sampler, *rest, capture=_capture(options), group=group)
+
+
+def _capture(options: EngineOptions) -> CudaCapture | None:
+    """What makes graphs of decode steps; the same on every rank."""
+    return CudaCapture() if options.model.cuda_graphs and not options.model.deterministic else None
 
 
 def _works_ahead(rank: _Rank, device: torch.device) -> bool:
@@ -121,7 +126,7 @@ def build_follower(options: EngineOptions, group: RankGroup, progress: Progress 
     most, longest = _max_running(options), rank.config.max_model_len
     if not _works_ahead(rank, kv.pool.device):
         return FollowerRunner(rank.model, kv, most, longest, mover)
-    runner = DeviceFollower(rank.model, kv, group, most, longest, mover, capture=CudaCapture())
+    runner = DeviceFollower(rank.model, kv, group, most, longest, mover, capture=_capture(options))
     runner.warm_up(options.scheduler.max_batch_tokens)
     return runner
 

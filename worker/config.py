@@ -38,6 +38,7 @@ class ModelOptions:
     deterministic: bool = option(
         False, "a token's result does not depend on the batch, on chunks or on recompute; costs speed on a GPU (docs/performance.md)"
     )
+    cuda_graphs: bool = option(True, "run decode steps on a GPU from CUDA graphs; without them a start is shorter, and each step longer")
     quantize: str | None = option(None, "int8: weights and activations of the linears in 8 bits (CPU)", choices=("int8",))
     max_model_len: int | None = option(None, "longest prompt + output in tokens; default: what the model was trained for")
     seed: int = option(0, "where the seeds of requests that bring none come from")

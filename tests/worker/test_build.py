@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quire.worker import build
-from quire.worker.config import CacheOptions, EngineOptions, ParallelOptions
+from quire.worker.config import CacheOptions, EngineOptions, ModelOptions, ParallelOptions
 
 PAGE_BYTES = 1000
 
@@ -35,3 +35,9 @@ def test_the_host_pool_is_what_is_told_or_what_fits(told, device, tp, pages, mon
 def test_a_host_pool_without_a_page_is_refused() -> None:
     with pytest.raises(ValueError, match="host_memory: 1999 bytes hold no page; one page takes 2000 bytes"):
         host_pages(1999, "cpu", tp=2)
+
+
+@pytest.mark.parametrize(("told", "graphs"), [({}, True), ({"cuda_graphs": False}, False), ({"deterministic": True}, False)])
+def test_graphs_are_made_unless_they_are_turned_off_or_change_tokens(told, graphs, monkeypatch) -> None:
+    monkeypatch.setattr(build, "CudaCapture", object)  # which needs a GPU
+    assert (build._capture(EngineOptions(model=ModelOptions(**told))) is not None) == graphs
