@@ -1,10 +1,13 @@
 """As few replicas as meet the targets for time to first token and per output token, by what is predicted for each number of them. Pure.
 
-With n replicas of prefill speed v, work for prefill that comes at rate w (tokens/s), and r sequences that run in all:
+With n replicas of prefill speed v, work for prefill that will come at rate w (tokens/s) when another replica could be there, and r
+sequences that run in all:
 
+    w      = tokens/s that come + growth * start                    growth: the slope of what came lately (`Trend`), if it rises
     rho(n)  = w / (n v)                                             the share of the time in which a replica computes prompts
     wait(n) = max(left / (n v),  tail(n))
-    left = tokens that wait, less what the replicas that are to be work off beside what comes, in the time that another takes to start
+    left   = tokens that wait, less what the replicas that are to be work off beside what comes in the time that a start takes;
+             with fewer than those, all that waits
     tail(n) = m (1 + c2) / (2 n (1 - rho)) * ln(100 p)              99th percentile of the wait in a queue with n servers, if p > 0.01;
               p = rho ** (sqrt(2 (n + 1)) - 1)                      the probability of a wait (Sakasegawa 1977)
     ttft(n) = wait(n) + long prompt / v + step(n)
@@ -16,7 +19,8 @@ m is the mean time that one prompt takes, c2 the squared coefficient of variatio
 
 from __future__ import annotations
 
-from math import ceil, inf, log, sqrt
+from dataclasses import replace
+from math import ceil, exp, inf, log, sqrt
 from typing import Any, NamedTuple
 
 from .autoscaling import AutoscalingContext, seen
@@ -26,6 +30,9 @@ WORTH = 0.8  # where a target cannot be met, twice as many replicas must bring w
 KEEP = 0.98  # of what the line knows, from one look to the next
 PRIOR = 0.01  # how much the assumption counts that half of a step does not depend on what runs, in squared means of what runs
 MOST = 4096
+TREND_S = 60.0  # after which what came counts for a trend by 1/e
+SPREAD_S = 15.0  # standard deviation of the times of looks that a trend needs at least
+SAMPLES = 3  # looks of the last `TREND_S` that are independent of one another, as each is of half a minute
 
 
 class Forecast(NamedTuple):
@@ -59,10 +66,12 @@ class SloPolicy:
     def __call__(self, ctx: Any, /) -> tuple[float, dict[str, Any]]:
         """The fewest that meet the targets, with room to spare when that is fewer than there are."""
         ctx = seen(ctx)
-        line = StepLine.after(ctx)
+        line, trend = StepLine.after(ctx), Trend.after(ctx)
         target, least = ctx.target_num_replicas, max(ceil(ctx.least_to_hold()), 1 if ctx.total_num_requests else 0)
         if not ctx.speed:
-            return float(max(target, least) if ctx.total_num_requests else 0), line.state()
+            return float(max(target, least) if ctx.total_num_requests else 0), {**line.state(), **trend.state()}
+        arrivals = ctx.arrivals._replace(tokens_per_s=ctx.arrivals.tokens_per_s + trend.growth() * ctx.start_s)
+        ctx = replace(ctx, arrivals=arrivals)
         most = min(ctx.capacity_adjusted_max_replicas, MOST)
         wanted = self._fewest(ctx, line, max(least, 1), most, 1.0)
         if wanted < target:
@@ -74,7 +83,7 @@ class SloPolicy:
         now = max(target, 1)
         about = {n: forecast(ctx, line, n) for n in range(max(now - 1, 1), now + 2)}
         shown = {n: {"ttft_s": _shown(f.ttft_s), "tpot_s": _shown(f.tpot_s)} for n, f in about.items()}
-        return float(wanted), {**line.state(), "forecast": shown}
+        return float(wanted), {**line.state(), **trend.state(), "forecast": shown}
 
     def _fewest(self, ctx: AutoscalingContext, line: StepLine, least: int, most: int, share: float) -> int:
         """The fewest replicas with which both stay below that share of their targets. When no number does, as many as still help."""
@@ -132,11 +141,51 @@ class StepLine(NamedTuple):
         return {"_step_line": list(self)}
 
 
+class Trend(NamedTuple):
+    """The line through (when, prompt tokens/s that came), by least squares with forgetting.
+
+    Attributes:
+        at_s: of the latest look; times are counted from it.
+        n, t, y, tt, ty, yy: decayed sums of 1, times, rates and their products.
+    """
+
+    at_s: float
+    n: float = 0.0
+    t: float = 0.0
+    y: float = 0.0
+    tt: float = 0.0
+    ty: float = 0.0
+    yy: float = 0.0
+
+    @staticmethod
+    def after(ctx: AutoscalingContext) -> Trend:
+        """What the policy knew, and what comes now."""
+        at_s, n, t, y, tt, ty, yy = map(float, ctx.policy_state.get("_trend", (ctx.now_s, *[0.0] * 6)))
+        passed_s, rate = max(ctx.now_s - at_s, 0.0), ctx.arrivals.tokens_per_s
+        keep = exp(-passed_s / TREND_S)
+        tt, t, ty = tt - 2 * passed_s * t + passed_s**2 * n, t - passed_s * n, ty - passed_s * y  # from the new origin
+        return Trend(ctx.now_s, keep * n + 1, keep * t, keep * y + rate, keep * tt, keep * ty, keep * yy + rate * rate)
+
+    def growth(self) -> float:
+        """Tokens/s that come more with every second: the slope less its standard error, and never less than 0."""
+        t, y = self.t / self.n, self.y / self.n
+        spread = self.tt / self.n - t * t
+        if spread < SPREAD_S**2:
+            return 0.0
+        slope = (self.ty / self.n - t * y) / spread
+        scatter = max(self.yy / self.n - y * y - slope**2 * spread, 0.0)
+        return max(slope - sqrt(scatter / spread / SAMPLES), 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """As the policy finds it again."""
+        return {"_trend": list(self)}
+
+
 def forecast(ctx: AutoscalingContext, line: StepLine, n: int) -> Forecast:
     """By the formulas at the head of this file. The speed of prefill must be known."""
     v, come = ctx.speed, ctx.arrivals
     rho = come.tokens_per_s / (n * v)
-    spare = max(ctx.target_num_replicas * v - come.tokens_per_s, 0.0)
+    spare = max(ctx.target_num_replicas * v - come.tokens_per_s, 0.0) if n >= ctx.target_num_replicas else 0.0
     left = max(ctx.waiting_tokens - spare * ctx.start_s, 0.0)
     wait_s = inf if rho >= 1 else max(left / (n * v), _tail_s(n, rho, come.mean_tokens / v, come.variation))
     step_s = line.step_s(ctx.total_num_requests / n)

@@ -18,7 +18,7 @@ from quire.cluster.autoscaling_policies import (
     SloPolicy,
     policy_named,
 )
-from quire.cluster.autoscaling_slo import StepLine, forecast
+from quire.cluster.autoscaling_slo import StepLine, Trend, forecast
 
 
 def at(name: str = "replica-0", **figures: float) -> ReplicaFigures:
@@ -104,6 +104,13 @@ CASES = {
     "slo: no more than may be": Case(
         WITHIN_1S, replace(ctx(like(2), queued_requests=9, queued_tokens=9e4), capacity_adjusted_max_replicas=5), 5
     ),
+    "slo: what waits": Case(WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(1, 500, 100, 100, 0)), 7),
+    "slo: what waits, and will have been worked off when another could come": Case(
+        WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(1, 500, 100, 100, 0), start_s=60), 2
+    ),
+    "slo: what waits where no more is worked off than comes": Case(
+        WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(20, 2000, 100, 100, 0), start_s=60), 7
+    ),
     "slo: nothing asked": Case(WITHIN_1S, ctx(like(2)), 0),
 }
 
@@ -131,6 +138,29 @@ def test_slo_learns_how_steps_grow() -> None:
     line = StepLine.after(replace(EMPTY, policy_state=state))
     assert line.step_s(30) == pytest.approx(0.08, rel=0.03)
     assert forecast(context, line, 1).tpot_s == pytest.approx(0.09, rel=0.03)
+
+
+def looked(rates: list[float], every_s: float = 1.0, **more: Any) -> tuple[float, dict[str, Any]]:
+    """What slo wants after looks at these rates of arrival."""
+    state: dict[str, Any] = {}
+    for i, rate in enumerate(rates):
+        context = replace(ctx(like(2), arrivals=Arrivals(rate / 100, rate, 100, 100, 0), **more), now_s=i * every_s, policy_state=state)
+        wanted, state = WITHIN_1S(context)
+    return wanted, state
+
+
+@pytest.mark.parametrize("every_s", [1.0, 5.0])
+def test_slo_expects_what_rises_to_go_on_rising_until_another_has_started(every_s: float) -> None:
+    rising = [100 + 5 * i * every_s for i in range(int(200 / every_s))]  # 5 tokens/s more each second, up to 1,100
+    wanted, state = looked(rising, every_s, start_s=0.0)
+    assert Trend(*state["_trend"]).growth() == pytest.approx(5.0)
+    assert wanted == 2
+    assert looked(rising, every_s, start_s=200.0)[0] == 3  # 2,100 by then
+
+
+@pytest.mark.parametrize("rates", [[500.0] * 100, [1100 - 5.0 * i for i in range(200)], [400.0, 600.0] * 100, [0.0] * 3 + [900.0]])
+def test_slo_expects_no_more_of_what_stays_falls_scatters_or_has_only_been_seen_for_a_moment(rates: list[float]) -> None:
+    assert Trend(*looked(rates, start_s=200.0)[1]["_trend"]).growth() == 0.0
 
 
 def _when(text: str, policy: SchedulePolicy, **more: Any) -> float:
