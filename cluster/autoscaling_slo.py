@@ -5,9 +5,9 @@ sequences that run in all:
 
     w      = tokens/s that come + growth * start                    growth: the slope of what came lately (`Trend`), if it rises
     rho(n)  = w / (n v)                                             the share of the time in which a replica computes prompts
-    wait(n) = max(left / (n v),  tail(n))
-    left   = tokens that wait, less what the replicas that are to be work off beside what comes in the time that a start takes;
-             with fewer than those, all that waits
+    wait(n) = max(left(n) / (n v),  tail(n))
+    left(n) = tokens that wait, less what n replicas work off beside what comes in the time that a start takes, since none that is asked
+              for now helps before; with fewer than there are to be, all that waits
     tail(n) = m (1 + c2) / (2 n (1 - rho)) * ln(100 p)              99th percentile of the wait in a queue with n servers, if p > 0.01;
               p = rho ** (sqrt(2 (n + 1)) - 1)                      the probability of a wait (Sakasegawa 1977)
     ttft(n) = wait(n) + long prompt / v + step(n)
@@ -185,7 +185,7 @@ def forecast(ctx: AutoscalingContext, line: StepLine, n: int) -> Forecast:
     """By the formulas at the head of this file. The speed of prefill must be known."""
     v, come = ctx.speed, ctx.arrivals
     rho = come.tokens_per_s / (n * v)
-    spare = max(ctx.target_num_replicas * v - come.tokens_per_s, 0.0) if n >= ctx.target_num_replicas else 0.0
+    spare = max(n * v - come.tokens_per_s, 0.0) if n >= ctx.target_num_replicas else 0.0
     left = max(ctx.waiting_tokens - spare * ctx.start_s, 0.0)
     wait_s = inf if rho >= 1 else max(left / (n * v), _tail_s(n, rho, come.mean_tokens / v, come.variation))
     step_s = line.step_s(ctx.total_num_requests / n)

@@ -109,7 +109,7 @@ CASES = {
         WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(1, 500, 100, 100, 0), start_s=60), 2
     ),
     "slo: what waits where no more is worked off than comes": Case(
-        WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(20, 2000, 100, 100, 0), start_s=60), 7
+        WITHIN_1S, ctx(like(2), queued_tokens=5500, arrivals=Arrivals(20, 2000, 100, 100, 0), start_s=60), 3
     ),
     "slo: nothing asked": Case(WITHIN_1S, ctx(like(2)), 0),
 }
