@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     found = any(file.parent.name == "kernels" or "pytest.mark.gpu" in file.read_text() for file in files)
     return None if found else True
+
+
+@pytest.fixture(autouse=True)
+def _root_log() -> Iterator[None]:
+    """Where a test sends the log, to a stream that is closed after it, no other does."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
