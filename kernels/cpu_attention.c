@@ -17,12 +17,13 @@
 #define BLOCK 64  /* keys */
 #define ROWS 48   /* (query, head) pairs in a tile */
 #define MAX_DIM 256
-#if VL == 8
-#define WIDE 2 /* vectors in a register tile of TALL rows */
-#else
-#define WIDE 4
-#endif
 #define TALL 6
+#define MOST 4 /* vectors in a register tile */
+#if VL == 8
+#define WIDE(rows) ((rows) <= 3 ? MOST : 2) /* vectors in one of so many rows: 12 sums leave 4 of AVX2's registers */
+#else
+#define WIDE(rows) MOST
+#endif
 
 typedef struct {
     const float *q, *pages;
@@ -102,30 +103,30 @@ INLINE void transpose(const float *const *in, int64_t at, float *out) {
 #endif
 }
 
-/* p[r][0 .. WIDE * VL) = sum over d of q[r][d] * keys[d][...], for `rows` rows */
-INLINE void scores(int rows, const float *q, const float *keys, float *p, int64_t dim) {
-    vf acc[TALL][WIDE];
+/* p[r][0 .. wide * VL) = sum over d of q[r][d] * keys[d][...], for `rows` rows */
+INLINE void scores(int rows, int wide, const float *q, const float *keys, float *p, int64_t dim) {
+    vf acc[TALL][MOST];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < WIDE; c++) acc[r][c] = splat(0);
+        UNROLL for (int c = 0; c < wide; c++) acc[r][c] = splat(0);
     for (int64_t d = 0; d < dim; d++) {
-        vf key[WIDE];
-        UNROLL for (int c = 0; c < WIDE; c++) key[c] = load(keys + d * BLOCK + c * VL);
+        vf key[MOST];
+        UNROLL for (int c = 0; c < wide; c++) key[c] = load(keys + d * BLOCK + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = splat(q[r * dim + d]);
-            UNROLL for (int c = 0; c < WIDE; c++) acc[r][c] += x * key[c];
+            UNROLL for (int c = 0; c < wide; c++) acc[r][c] += x * key[c];
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < WIDE; c++) store(p + r * BLOCK + c * VL, acc[r][c]);
+        UNROLL for (int c = 0; c < wide; c++) store(p + r * BLOCK + c * VL, acc[r][c]);
 }
 
 /* o[r][0 .. wide * VL) = sum over keys j in [from, to) of p[r][j] * values[j][at + ...] */
 INLINE void weighted(int rows, int wide, const float *p, const Block *now, const Block *next, int64_t at, float *o, int64_t dim) {
-    vf acc[TALL][WIDE];
+    vf acc[TALL][MOST];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < wide; c++) acc[r][c] = splat(0);
     for (int j = now->from; j < now->to; j++) {
-        vf value[WIDE];
+        vf value[MOST];
         fetch(next->all[BLOCK + j] + at, wide * VL);
         UNROLL for (int c = 0; c < wide; c++) value[c] = load(now->value[j] + at + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -197,7 +198,8 @@ static void attend_block(const Batch *b, const Tile *t, int64_t block, const Blo
     int rows = (int)(t->count * t->group);
     for (int r = 0; r < rows; r += TALL) {
         int height = rows - r < TALL ? rows - r : TALL;
-        for (int c = 0; c < to; c += WIDE * VL) EACH_HEIGHT(height, scores(R, s->q + r * dim, s->keys + c, s->p + r * BLOCK + c, dim))
+        for (int c = 0; c < to; c += WIDE(height) * VL)
+            EACH_HEIGHT(height, scores(R, WIDE(R), s->q + r * dim, s->keys + c, s->p + r * BLOCK + c, dim))
     }
     for (int r = 0; r < rows; r++) {
         int64_t position = t->position + r / t->group - first; /* in the block */
@@ -210,7 +212,7 @@ static void attend_block(const Batch *b, const Tile *t, int64_t block, const Blo
         const float *p = s->p + r * BLOCK;
         float *o = state->o + r * dim;
         int64_t d = 0;
-        for (; d + WIDE * VL <= dim; d += WIDE * VL) EACH_HEIGHT(height, weighted(R, WIDE, p, now, next, d, o, dim))
+        for (; d + WIDE(height) * VL <= dim; d += WIDE(height) * VL) EACH_HEIGHT(height, weighted(R, WIDE(R), p, now, next, d, o, dim))
         for (; d + VL <= dim; d += VL) EACH_HEIGHT(height, weighted(R, 1, p, now, next, d, o, dim))
         if (d < dim) EACH_HEIGHT(height, weighted(R, 1, p, now, next, dim - VL, o, dim)) /* overlaps; the same sums again */
     }

@@ -32,7 +32,7 @@ def rounded(x: Tensor) -> Tensor:
 @compiled
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 8, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 8, 9, 33, 150])
 def test_fp32_and_int8(outputs: int, inputs: int, biased: bool, tokens: int) -> None:
     x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
     bias = torch.randn(outputs) if biased else None
@@ -47,14 +47,14 @@ def test_fp32_and_int8(outputs: int, inputs: int, biased: bool, tokens: int) -> 
 @pytest.mark.parametrize("form", [CompiledLinear, Int8Linear])
 def test_a_token_has_the_same_bits_in_every_batch(form: type[CompiledLinear] | type[Int8Linear]) -> None:
     layer = form(torch.randn(203, 576), torch.randn(203))
-    x = torch.randn(41, 576)
+    x = torch.randn(141, 576)  # more than the tokens that go through a panel together
     together = layer(x)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for tokens in (1, 2, 6, 17):
-                for first in range(0, 41 - tokens, 5):
+            for tokens in (1, 2, 6, 17, 70):
+                for first in range(0, 141 - tokens, 13):
                     assert torch.equal(layer(x[first : first + tokens]), together[first : first + tokens])
     finally:
         torch.set_num_threads(before)
