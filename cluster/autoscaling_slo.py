@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from .autoscaling import AutoscalingContext, seen
 
-MARGIN = 0.9  # of a target, that a prediction must keep for a replica to go
+MARGIN = 0.95  # of a target, that a prediction must keep for a replica to go
 WORTH = 0.8  # where a target cannot be met, twice as many replicas must bring what misses it to this share
 KEEP = 0.98  # of what the line knows, from one look to the next
 PRIOR = 0.01  # how much the assumption counts that half of a step does not depend on what runs, in squared means of what runs

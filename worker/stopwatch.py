@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import NamedTuple
 
 from .engine import Engine, Runner
@@ -33,6 +34,9 @@ SCENES = (
     (64, 64),
 )
 DECODES = 8  # steps of each scene that only decode
+# (sequences that decode, tokens of each of BESIDE prompts that come meanwhile, one by one), played after the scene of the same place
+MIXES = ((2, 96), (4, 192), (8, 128), (16, 256), (12, 32), (24, 128), (6, 480), (32, 64))
+BESIDE = 4
 
 
 class StepTime(NamedTuple):
@@ -51,6 +55,9 @@ class StepTime(NamedTuple):
     context: float
     rows: float
     seconds: float
+
+
+_Play = Callable[[Engine, "_Noting", int, int], Iterator[StepTime]]
 
 
 class _Noting(Runner):
@@ -85,7 +92,7 @@ class _Noting(Runner):
 
 
 def measure(engine: Engine, seconds: float, progress: Callable[[float], None]) -> list[StepTime]:
-    """Plays scenes of `SCENES` that fit into the engine until `seconds` have passed, and the first three in any case.
+    """Plays scenes of `SCENES` and `MIXES` that fit into the engine until `seconds` have passed, and the first three in any case.
 
     Args:
         engine: idle.
@@ -95,49 +102,78 @@ def measure(engine: Engine, seconds: float, progress: Callable[[float], None]) -
     begin_s = time.perf_counter()
     found: list[StepTime] = []
     try:
-        list(_play(engine, noting, 1, 64))  # what is slow once
-        for number, (sequences, prompt) in enumerate(_that_fit(engine)):
+        list(_play(engine, noting, 1, 63))  # what is slow once
+        for number, (play, sequences, prompt) in enumerate(_that_fit(engine)):
             passed = (time.perf_counter() - begin_s) / seconds
             if number >= 3 and passed >= 1:
                 break
             progress(min(passed, 1.0))
-            found += _play(engine, noting, sequences, prompt)
+            found += play(engine, noting, sequences, prompt)
         progress(1.0)
     finally:
         engine.runner = noting._runner
     return found
 
 
-def _that_fit(engine: Engine) -> Iterator[tuple[int, int]]:
+def _that_fit(engine: Engine) -> Iterator[tuple[_Play, int, int]]:
     info = engine.info
-    for sequences, prompt in SCENES:
-        length = prompt + DECODES + 2
-        if sequences <= info.max_running and length <= info.max_model_len and sequences * (length + info.page_size) <= info.pool_tokens:
-            yield sequences, prompt
+    for scene, mix in zip_longest(SCENES, MIXES):
+        for play, one in ((_play, scene), (_mix, mix)):
+            if one is None:
+                continue
+            sequences, prompt = one
+            length, rows = prompt + DECODES + 2 * BESIDE + 2, sequences + (play is _mix)
+            if rows <= info.max_running and length <= info.max_model_len and rows * (length + info.page_size) <= info.pool_tokens:
+                yield play, sequences, prompt
 
 
 def _play(engine: Engine, noting: _Noting, sequences: int, prompt: int) -> Iterator[StepTime]:
     """The steps that prefill, one by one, and those that only decode all together."""
-    draw = random.Random(f"{sequences}:{prompt}")
-    bound = min(engine.info.vocab_size, 10_000)
-    params = SamplingParams(max_tokens=DECODES + 1, temperature=0.0, ignore_eos=True)
     for i in range(sequences):
-        engine.submit(GenerateRequest(f"profile-{i}", (tuple(draw.randrange(bound) for _ in range(prompt)),), params))
+        engine.submit(_request(engine, f"{sequences}x{prompt}-{i}", prompt, DECODES + 1))
     decodes: list[StepTime] = []
     while not engine.idle():
-        began_s = time.perf_counter()
-        engine.step()
-        took_s = time.perf_counter() - began_s
-        if noting.plan is not None:
-            step = _of(noting.plan, took_s)
-            if step.prompt_tokens:
-                yield step
-            elif step.decodes == sequences:
-                decodes.append(step)
-        noting.plan = None
+        step = _step(engine, noting)
+        if step is not None and step.prompt_tokens:
+            yield step
+        elif step is not None and step.decodes == sequences:
+            decodes.append(step)
     if decodes:
         means = [statistics.fmean(column) for column in zip(*decodes, strict=True)]
         yield StepTime(*means)._replace(seconds=statistics.median(step.seconds for step in decodes))
+
+
+def _mix(engine: Engine, noting: _Noting, sequences: int, prompt: int) -> Iterator[StepTime]:
+    """The steps that prefill while `sequences` decode."""
+    for i in range(sequences):
+        engine.submit(_request(engine, f"{sequences}+{prompt}-{i}", 2, 2 * BESIDE + DECODES))
+    waiting = BESIDE
+    while not engine.idle():
+        step = _step(engine, noting)
+        if step is None:
+            continue
+        if step.prompt_tokens and step.decodes == sequences:
+            yield step
+        elif step.decodes == sequences and waiting:
+            engine.submit(_request(engine, f"{sequences}+{prompt}-beside-{waiting}", prompt, 1))
+            waiting -= 1
+
+
+def _request(engine: Engine, name: str, prompt: int, tokens: int) -> GenerateRequest:
+    """A prompt that no other has had, and so many tokens after it."""
+    draw = random.Random(name)
+    bound = min(engine.info.vocab_size, 10_000)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    return GenerateRequest(name, (tuple(draw.randrange(bound) for _ in range(prompt)),), params)
+
+
+def _step(engine: Engine, noting: _Noting) -> StepTime | None:
+    """One step; None where it had nothing to run."""
+    noting.plan = None
+    began_s = time.perf_counter()
+    engine.step()
+    took_s = time.perf_counter() - began_s
+    return None if noting.plan is None else _of(noting.plan, took_s)
 
 
 def _of(plan: StepPlan, seconds: float) -> StepTime:

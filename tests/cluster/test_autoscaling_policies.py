@@ -98,8 +98,8 @@ CASES = {
     ),
     "slo: steps as long as they are": Case(STEPS_100MS, ctx(like(1, running=10, decode_step_s=0.05)), 1),
     "slo: steps twice as long, of which half is taken to be fixed": Case(STEPS_100MS, ctx(like(1, running=10, decode_step_s=0.15)), 3),
-    "slo: not fewer with less than a tenth to spare": Case(STEPS_100MS, ctx(like(2, running=10, decode_step_s=0.066)), 2),
-    "slo: fewer with more than that": Case(STEPS_100MS, ctx(like(2, running=10, decode_step_s=0.05)), 1),
+    "slo: not fewer with less than a twentieth to spare": Case(STEPS_100MS, ctx(like(2, running=10, decode_step_s=0.064)), 2),
+    "slo: fewer with more than that": Case(STEPS_100MS, ctx(like(2, running=10, decode_step_s=0.062)), 1),
     "slo: not fewer while what was seen misses the target": Case(STEPS_100MS, ctx(like(2, running=10, decode_step_s=0.05), tpot_s=0.11), 2),
     "slo: no more than may be": Case(
         WITHIN_1S, replace(ctx(like(2), queued_requests=9, queued_tokens=9e4), capacity_adjusted_max_replicas=5), 5

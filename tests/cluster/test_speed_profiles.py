@@ -28,14 +28,14 @@ def test_the_shapes_have_the_parameters_that_their_names_say() -> None:
 
 
 def test_steps_are_what_the_rates_allow() -> None:
-    step = derive("x", H200, LLAMA_8B, 1, 60.0).step
+    step = derive("x", H200, LLAMA_8B, 1).step
     weights_s = 2 * (LLAMA_8B.linear_parameters + LLAMA_8B.head_parameters) / (4.8e12 * 0.8)
     assert step.step_s(0, 0, 1, 0, 1) == pytest.approx(0.0005 + weights_s + step.sequence_s)
     assert step.step_s(0, 0, 1, 131_072, 1) - step.step_s(0, 0, 1, 0, 1) == pytest.approx(131_072 * 131_072 / (4.8e12 * 0.8))
     a_token_s = step.step_s(2001, 0, 0, 0, 1) - step.step_s(2000, 0, 0, 0, 1)
     assert a_token_s == pytest.approx(2 * LLAMA_8B.linear_parameters / (989e12 * 0.6))
-    eight = derive("y", H200, LLAMA_70B, 8, 60.0).step
-    four = derive("z", H200, LLAMA_70B, 4, 60.0).step
+    eight = derive("y", H200, LLAMA_70B, 8).step
+    four = derive("z", H200, LLAMA_70B, 4).step
     assert 0.5 < eight.step_s(0, 0, 8, 8000, 8) / four.step_s(0, 0, 8, 8000, 8) < 0.7
 
 
