@@ -1,7 +1,7 @@
 """How many GPU-hours each autoscaling policy takes for the same 99th percentile of TTFT, on a simulated hour of recorded traffic.
 
     python benchmarks/autoscaling_simulation.py                         the whole hour, all settings: about 10 minutes on two cores
-    python benchmarks/autoscaling_simulation.py --startup-s 20          the same where the weights lie in the memory of the node
+    python benchmarks/autoscaling_simulation.py --startup-s 120         the same where a start takes two minutes
     python benchmarks/autoscaling_simulation.py --from-s 600 --until-s 1200 --slo 800      a first look
 
 The requests of the Azure conversation trace come `--multiply` times, to replicas with a derived speed profile. Compared are as many
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--down-cooldown-s", type=float, default=60.0)
     parser.add_argument("--fixed", type=float, nargs="+", default=[6, 7])
     parser.add_argument("--ongoing", type=float, nargs="+", default=[26, 29, 32])
-    parser.add_argument("--slo", type=float, nargs="+", default=[700, 740, 770, 1000])
+    parser.add_argument("--slo", type=float, nargs="+", default=[700, 750, 800, 1000])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, default=here.parent / "results" / "autoscaling_simulation.json")
     parser.add_argument("--png", type=Path, default=here.parents[1] / "docs" / "autoscaling_simulation.png")

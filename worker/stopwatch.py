@@ -65,14 +65,19 @@ class _Noting(Runner):
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.plan: StepPlan | None = None
+        self._plan: StepPlan | None = None
+
+    def take(self) -> StepPlan | None:
+        """The latest plan that has not been taken."""
+        plan, self._plan = self._plan, None
+        return plan
 
     def run(self, plan: StepPlan) -> StepResult:
-        self.plan = plan
+        self._plan = plan
         return self._runner.run(plan)
 
     def run_ahead(self, plan: StepPlan, following: Callable[[], StepPlan | None]) -> StepResult:
-        self.plan = plan
+        self._plan = plan
         return self._runner.run_ahead(plan, following)
 
     def reset(self) -> None:
@@ -169,11 +174,11 @@ def _request(engine: Engine, name: str, prompt: int, tokens: int) -> GenerateReq
 
 def _step(engine: Engine, noting: _Noting) -> StepTime | None:
     """One step; None where it had nothing to run."""
-    noting.plan = None
     began_s = time.perf_counter()
     engine.step()
     took_s = time.perf_counter() - began_s
-    return None if noting.plan is None else _of(noting.plan, took_s)
+    plan = noting.take()
+    return None if plan is None else _of(plan, took_s)
 
 
 def _of(plan: StepPlan, seconds: float) -> StepTime:
