@@ -113,7 +113,7 @@ INLINE void scores(int rows, int wide, const float *q, const float *keys, float 
         UNROLL for (int c = 0; c < wide; c++) key[c] = load(keys + d * BLOCK + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = splat(q[r * dim + d]);
-            UNROLL for (int c = 0; c < wide; c++) acc[r][c] += x * key[c];
+            UNROLL for (int c = 0; c < wide; c++) acc[r][c] = fused(x, key[c], acc[r][c]);
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
@@ -131,7 +131,7 @@ INLINE void weighted(int rows, int wide, const float *p, const Block *now, const
         UNROLL for (int c = 0; c < wide; c++) value[c] = load(now->value[j] + at + c * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf x = splat(p[r * BLOCK + j]);
-            UNROLL for (int c = 0; c < wide; c++) acc[r][c] += x * value[c];
+            UNROLL for (int c = 0; c < wide; c++) acc[r][c] = fused(x, value[c], acc[r][c]);
         }
     }
     UNROLL for (int r = 0; r < rows; r++)

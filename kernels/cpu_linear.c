@@ -33,7 +33,7 @@ INLINE void tile(int tokens, int ahead, const float *x, const float *w, float *t
         }
         UNROLL for (int t = 0; t < tokens; t++) {
             vf v = splat(x[t * inputs + k]);
-            UNROLL for (int n = 0; n < WIDE; n++) sums[t][n] += v * row[n];
+            UNROLL for (int n = 0; n < WIDE; n++) sums[t][n] = fused(v, row[n], sums[t][n]);
         }
     }
     UNROLL for (int t = 0; t < tokens; t++)

@@ -13,6 +13,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -41,6 +43,19 @@ INLINE vf splat(float x) {
     return (vf){x, x, x, x, x, x, x, x};
 #else
     return (vf){x, x, x, x};
+#endif
+}
+
+/* a b + c, rounded once where the processor can. Left to itself a compiler fuses the same sum in one loop and not in another. */
+INLINE vf fused(vf a, vf b, vf c) {
+#if VL == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VL == 8 && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
 #endif
 }
 
