@@ -100,11 +100,12 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(threads) -> None:  # type:
 
 
 @pytest.mark.parametrize("window", [None, 90])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_row_has_the_same_bits_in_chunks(chunk: int, window: int | None) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 14, 64])
+@pytest.mark.parametrize(("heads", "dim"), [(9, 64), (3, 16), (6, 80)])
+def test_a_row_has_the_same_bits_in_chunks(heads: int, dim: int, chunk: int, window: int | None) -> None:
     length = 200
-    batch, pages = paged([(0, length)], 3, 64, 32)
-    q = torch.randn(length, 9, 64)
+    batch, pages = paged([(0, length)], 3, dim, 32)
+    q = torch.randn(length, heads, dim)
     whole = cpu.paged_attention(q, pages, batch, 0.125, window)
     table = batch.block_tables[0].tolist()
     for start in range(0, length, chunk):
