@@ -91,7 +91,7 @@ class Traffic:
     def take(self, output: SequenceOutput) -> None:
         request = self.live.get(output.request_id)
         if request is None:  # it ended where it had gone before its source was heard
-            assert output.finish is FinishReason.MOVED and not output.tokens, output
+            assert (output.finish, output.tokens) == (FinishReason.MOVED, ()), output
             return
         assert output.finish in (None, FinishReason.LENGTH, FinishReason.MOVED), output
         self.texts.setdefault((output.request_id, output.choice), []).append(output)
