@@ -164,7 +164,7 @@ def test_a_follower_that_is_told_too_much(checkpoint: Path) -> None:
     with as_on_gpus() as watched, ranks(options_of(checkpoint, 2)) as several:
         generate(several.engine, PROMPTS[:1], GREEDY)
         follower = next(runner for runner in watched.runners if isinstance(runner, DeviceFollower))
-        with pytest.raises(ValueError, match="the leader tells of 3 tokens, and [12] have been drawn"):  # of two steps, or not yet
+        with pytest.raises(ValueError, match=r"the leader tells of 3 tokens, and [0-2] have been drawn"):  # of two steps, or not yet
             follower.run(empty(0), (1, 2, 3))
 
 
