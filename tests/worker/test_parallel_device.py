@@ -161,10 +161,12 @@ def test_rows_that_are_dropped_while_the_next_step_is_under_way(checkpoint: Path
 
 
 def test_a_follower_that_is_told_too_much(checkpoint: Path) -> None:
-    with as_on_gpus() as watched, ranks(options_of(checkpoint, 2)) as several:
-        generate(several.engine, PROMPTS[:1], GREEDY)
+    with as_on_gpus() as watched:
+        with ranks(options_of(checkpoint, 2)) as several:
+            generate(several.engine, PROMPTS[:1], GREEDY)
+        # Its thread has ended, and with it the last step, whose token the leader has before the follower notes that it was drawn.
         follower = next(runner for runner in watched.runners if isinstance(runner, DeviceFollower))
-        with pytest.raises(ValueError, match=r"the leader tells of 3 tokens, and [0-2] have been drawn"):  # of two steps, or not yet
+        with pytest.raises(ValueError, match="the leader tells of 3 tokens, and 2 have been drawn"):  # of the last two steps
             follower.run(empty(0), (1, 2, 3))
 
 
