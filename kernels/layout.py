@@ -6,7 +6,7 @@ Rows are sequences (or chunks of them). The pool's layout is in the strides of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class AttentionBatch:
         row_lens: row_starts' differences, on the host.
         kv_lens_list: kv_lens, on the host.
         prefix_pages: so many pages, whole ones, begin the table of every decode row, and may be read once for all of them.
+        work: what kernels have derived of the above, by a key of theirs: all layers share it, and a graph that reads it keeps it.
     """
 
     row_starts: Tensor
@@ -35,6 +36,7 @@ class AttentionBatch:
     row_lens: tuple[int, ...]
     kv_lens_list: tuple[int, ...]
     prefix_pages: int = 0
+    work: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def attention_batch(rows: list[tuple[int, int, list[int]]], page_size: int, device: torch.device | str = "cpu") -> AttentionBatch:

@@ -29,7 +29,7 @@ def fixed_attention(group: int) -> PrefillLaunch:
 
 
 class TritonOps:
-    """`worker.model.Ops` in Triton. One for a model: it keeps the latest batch's work lists between layers."""
+    """`worker.model.Ops` in Triton."""
 
     silu_mul = staticmethod(silu_mul)
     rope_and_write_kv = staticmethod(rope_and_write_kv)
@@ -37,8 +37,6 @@ class TritonOps:
     def __init__(self, deterministic: bool = False) -> None:
         self._norm = FIXED_NORM if deterministic else None
         self._deterministic = deterministic
-        self._batch: AttentionBatch | None = None
-        self._work: dict[tuple[int, int, int], Tensor] = {}
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `reference.rms_norm`."""
@@ -63,16 +61,9 @@ class TritonOps:
             group = q.shape[1] // pages.shape[1]
             launch = fixed_attention(group) if self._deterministic else prefill_launch(q, pages)
             tile_queries = max(1, launch.block_m // group)
-            work = self._work_of(batch, decoded, tile_queries, scores.window, q.device)
+            key = decoded, tile_queries, scores.window
+            if key not in batch.work:
+                batch.work[key] = device_work(batch, *key, q.device)
+            work = batch.work[key]
             paged_prefill(q, pages, batch, work, scores, out, launch=launch)
         return out
-
-    def _work_of(self, batch: AttentionBatch, first_row: int, tile_queries: int, window: int, device: torch.device) -> Tensor:
-        """The work list, made once a batch: all layers of a kind share it."""
-        if batch is not self._batch:
-            self._batch = batch
-            self._work.clear()
-        key = (first_row, tile_queries, window)
-        if key not in self._work:
-            self._work[key] = device_work(batch, first_row, tile_queries, window, device)
-        return self._work[key]

@@ -98,7 +98,7 @@ def build_runner(
 def _runner(
     rank: _Rank, options: EngineOptions, group: RankGroup | None, kv: KVStore, moving: tuple[PageMover, tuple[str, ...]]
 ) -> ModelRunner:
-    """The runner for the device. On a GPU with Triton it works ahead, with graphs where tokens may depend on the batch."""
+    """The runner for the device. On a GPU with Triton it works ahead, from graphs unless those are switched off."""
     config = rank.config
     rest = (_max_running(options), config.max_model_len, *moving)
     if not _works_ahead(rank, kv.pool.device):
@@ -111,7 +111,7 @@ def _runner(
 
 def _capture(options: EngineOptions) -> CudaCapture | None:
     """What makes graphs of decode steps; the same on every rank."""
-    return CudaCapture() if options.model.cuda_graphs and not options.model.deterministic else None
+    return CudaCapture() if options.model.cuda_graphs else None
 
 
 def _works_ahead(rank: _Rank, device: torch.device) -> bool:

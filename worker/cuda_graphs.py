@@ -37,6 +37,7 @@ def buckets_up_to(most: int) -> tuple[int, ...]:
 
 
 class _Graph(NamedTuple):
+    batch: AttentionBatch  # the graph reads what its tensors hold, and must not outlive them
     memory: Tensor  # of the inputs that every row has
     tables: Tensor  # [bucket, W]
     replay: Callable[[], None]
@@ -95,7 +96,7 @@ class DecodeGraphs:
             kv_lens_list=(0,) * bucket,  # the kernels of decode rows look at `kv_lens`
         )
         replay, hidden = self._capture(lambda: self._forward(tokens, owners, positions, batch))
-        return _Graph(memory, tables, replay, hidden)
+        return _Graph(batch, memory, tables, replay, hidden)
 
 
 def _padded(step: Gathered | None, bucket: int) -> list[Array]:

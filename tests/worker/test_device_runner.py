@@ -1,4 +1,4 @@
-"""The runner of a GPU, on a CPU: Triton's kernels in the interpreter, and in place of a captured graph the same function called again.
+"""The runner of a GPU, on a CPU: Triton's kernels in the interpreter, and in place of a captured graph a recorded one.
 
 `-m gpu` runs the same on a CUDA device, with real graphs.
 """
@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from interpreter import install
+from recorded_graph import RecordedGraph
 from tiny_models import tiny_checkpoint
-from torch import Tensor
 
 from quire import LLM, SamplingParams
-from quire.worker import device_layers
+from quire.worker import backend, device_layers
 from quire.worker.cuda_graphs import CudaCapture, buckets_up_to
 from quire.worker.device_runner import DeviceRunner
 from quire.worker.device_sampler import DeviceSampler
+from quire.worker.linear import PlainLinear
 from quire.worker.runner import ModelRunner
 
 PROMPTS = [[(7 * i + j) % 97 for j in range(n)] for i, n in enumerate((20, 3, 33))]
@@ -31,21 +35,11 @@ MIXED = [
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
-class Again:
-    """Instead of a graph."""
-
-    made = 0
-
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.made += 1
-        result = compute().clone()
-        return lambda: result.copy_(compute()), result
-
-
 def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
     """An LLM with a `DeviceRunner`."""
     sizes = {"page_size": 16, "kv_pages": 12, "max_batch_tokens": 24, "max_running": 3, "threads": 1} | options
-    llm = LLM(str(path), progress=False, attention="triton", device=device, dtype="float32", **sizes)
+    with mock.patch.object(backend, "linear_factory", return_value=PlainLinear):  # as on a GPU: a CPU's own are no operations of torch
+        llm = LLM(str(path), progress=False, attention="triton", device=device, dtype="float32", **sizes)
     plain = llm.engine.runner
     assert isinstance(plain, ModelRunner)
     info, kv = llm.engine.info, plain._kv
@@ -55,7 +49,7 @@ def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
 
 
 def capture_of(device: str) -> Callable:
-    return CudaCapture() if device == "cuda" else Again()
+    return CudaCapture() if device == "cuda" else RecordedGraph()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +61,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
+    if request.param == "cpu":
+        install()
     return request.param
 
 
@@ -104,6 +100,17 @@ def test_graphs_ahead_give_the_tokens_of_the_plain_path(checkpoint, device, expe
     assert begun.count(True) >= 4, "decode steps are begun ahead"
     assert set(runner._layers.graphs._graphs) <= {1, 2, 3}
     assert runner._layers.graphs._graphs
+
+
+@pytest.mark.slow
+def test_graphs_of_the_deterministic_mode_give_the_bits_of_its_eager_steps(checkpoint, device):
+    """Also when other batches have come since a graph was made."""
+    params = [replace(MIXED[1], max_tokens=3), MIXED[0], MIXED[0]]
+    with_graphs, without = (engine(checkpoint, device, how, deterministic=True) for how in (capture_of(device), None))
+    first, again, expected = (llm.generate(PROMPTS, params) for llm in (with_graphs, with_graphs, without))
+    assert {2, 3} <= set(with_graphs.engine.runner._layers.graphs._graphs)
+    assert [a.outputs[0].logprobs for a in again] == [a.outputs[0].logprobs for a in first] == [a.outputs[0].logprobs for a in expected]
+    assert [a.outputs[0].token_ids for a in again] == [a.outputs[0].token_ids for a in first] == [a.outputs[0].token_ids for a in expected]
 
 
 @pytest.mark.slow
@@ -145,7 +152,7 @@ def test_warm_up_leaves_nothing_and_captures_every_bucket(checkpoint, device):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_replay_is_the_eager_step(checkpoint):
-    """The same hidden states, bit for bit, for a batch that fills its bucket and for one that does not."""
+    """The same hidden states, bit for bit where a batch fills its bucket: a product of fewer rows may be added up in another order."""
     llm = engine(checkpoint, "cuda", CudaCapture(), max_running=8)
     runner = llm.engine.runner
     layers = runner._layers
@@ -160,7 +167,8 @@ def test_a_replay_is_the_eager_step(checkpoint):
             graphs, layers.graphs = layers.graphs, None
             eager = layers.compute(step).hidden
             layers.graphs = graphs
-        assert torch.equal(replayed, eager)
+        assert torch.equal(replayed, eager) or rows not in graphs.buckets
+        assert torch.allclose(replayed, eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
