@@ -28,7 +28,7 @@ class CopyLaunch:
     num_warps: int
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["source_ids", "destination_ids"])
 def _copy_kernel(
     source, source_ids, destination, destination_ids, count, stride_source, stride_destination,
     WORDS: tl.constexpr, BLOCK: tl.constexpr, BY_SOURCE: tl.constexpr, BY_DESTINATION: tl.constexpr,

@@ -245,7 +245,7 @@ def prefix_decode(
     if scores.sliding_window is not None:
         raise ValueError("a shared prefix and a sliding window do not go together")
     tile_rows = SMALLEST_DOT if pages.dtype == torch.float32 else PREFIX_ROWS
-    queries = max(1, min(tile_rows * pages.shape[1] // q.shape[1], q.shape[0]))
+    queries = max(1, tile_rows * pages.shape[1] // q.shape[1])
     _attend(_Rows(q, pages, prefix_table[None], prefix_len, queries, 0, 0), scores, out, lse, launch)
 
 

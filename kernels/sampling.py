@@ -26,6 +26,7 @@ from .launch import Chip, Shape, bucket_of, chip, launch_of
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)
 CELLS: tl.constexpr = tl.constexpr(256)  # edits that a program takes at once
 PROGRAMS_PER_MULTIPROCESSOR = 2
+FOUND = ["peaks", "peak_tokens", "draws", "draw_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ def _order(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+# Not on the alignment of what a stretch found: the halves of one tensor, which begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=FOUND)
 def _edit_kernel(
     logits, temperature, keys, cell_starts, cell_tokens, cell_bias, cell_repetition, cell_penalty,
     peaks, peak_tokens, draws, draw_tokens, vocab, stretch, stride, BLOCK: tl.constexpr,
@@ -184,7 +186,7 @@ def _threshold(base, vocab, peak, t, floor, wanted, MASS: tl.constexpr, BLOCK: t
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=FOUND)
 def _choose_kernel(
     logits, temperature, top_k, top_p, min_p, keys, peaks, peak_tokens, draws, draw_tokens, tokens, finite, vocab, stride,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,

@@ -44,6 +44,13 @@ class Pending(NamedTuple):
     position: int
 
 
+class WarmStep(NamedTuple):
+    """A step of the warm-up. `share`: as for `DeviceLayers.compute`."""
+
+    plan: StepPlan
+    share: bool = False
+
+
 class DeviceLayers:
     """One rank's layers, and what they read of a step's tokens.
 
@@ -65,12 +72,13 @@ class DeviceLayers:
         width = -(-max_len // kv.page_size)
         self.graphs = None if capture is None else DecodeGraphs(self._forward, max_running, width, device, capture)
 
-    def compute(self, step: Gathered) -> Computed:
-        """A step up to the last layer. Its result is good until the next call."""
+    def compute(self, step: Gathered, share: bool = False) -> Computed:
+        """A step up to the last layer. Its result is good until the next call. `share`: its decodes read together what they share, whether
+        that pays or not."""
         decodes = slice(step.num_decode)
         graphed = self.graphs is not None and self.graphs.holds(step)
         shared = shared_pages(step.tables[decodes], step.kv_lens[decodes], self._kv.page_size)
-        if not worth_sharing(step.num_decode, shared, self._kv.page_bytes, graphed):
+        if not share and not worth_sharing(step.num_decode, shared, self._kv.page_bytes, graphed):
             shared = 0
         ends = step.row_starts[1:]
         if self.graphs is not None and graphed and not shared:
@@ -116,13 +124,23 @@ class DeviceLayers:
         if self._table.knows(pending.seq, pending.slot):  # a step ahead may have forgotten it
             self._table.settle(pending.slot, pending.position, token)
 
-    def warm_plans(self, max_batch_tokens: int) -> list[StepPlan]:
+    def warm_steps(self, max_batch_tokens: int) -> list[WarmStep]:
         """Steps that compile every kernel and capture every graph, each on a pool and a table that are empty."""
         num_pages, page_size = self._kv.num_pages, self._kv.page_size
         longest = min(max_batch_tokens - 1, self._max_len - 1, num_pages * page_size)
-        steps = [[1, count] for count in sorted({min(WARM_CHUNK, longest), longest}) if count > 1 and self._max_running > 1]
+        several = self._max_running > 1
+        steps = [[1, count] for count in sorted({min(WARM_CHUNK, longest), longest}) if count > 1 and several]
         steps += [[1] * bucket for bucket in (self.graphs.buckets if self.graphs else (1, self._max_running))]
-        return [warm_plan(counts, num_pages, page_size) for counts in steps]
+        plans = [warm_plan(counts, num_pages, page_size) for counts in steps]
+        if num_pages > 1:
+            plans[0] = plans[0]._replace(copies=((0, 1),))
+        warm = [WarmStep(plan) for plan in plans]
+        if several and num_pages >= 3 and self._max_len > page_size and self._may_share():
+            warm.append(WarmStep(sharing_plan(page_size), share=True))
+        return warm
+
+    def _may_share(self) -> bool:
+        return worth_sharing(self._max_running, self._kv.num_pages, self._kv.page_bytes, graphed=False)
 
     def _forward(self, tokens: Tensor, owners: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         known = torch.where(tokens == PENDING, self._latest[owners], tokens)
@@ -137,3 +155,10 @@ def warm_plan(counts: list[int], num_pages: int, page_size: int) -> StepPlan:
         new.append(NewSequence(seq, (0,) * count, count, pages, SamplingParams(max_tokens=1, seed=0, top_p=0.9), seq))
         rows.append(Row(seq, 0, count, True))
     return StepPlan(0, tuple(rows), tuple(new), (), (), ())
+
+
+def sharing_plan(page_size: int) -> StepPlan:
+    """A step of two sequences that share their first page, nobody's either."""
+    how, tokens = SamplingParams(max_tokens=1, seed=0), (0,) * (page_size + 1)
+    new = tuple(NewSequence(seq, tokens, page_size + 1, (0, seq + 1), how, seq) for seq in range(2))
+    return StepPlan(0, tuple(Row(seq, page_size, 1, True) for seq in range(2)), new, (), (), ())

@@ -102,24 +102,25 @@ class DeviceRunner(ModelRunner):
             self._ahead = self._issue(after)
         return self._collect(issued)
 
+    @torch.inference_mode()
     def warm_up(self, max_batch_tokens: int, progress: Progress | None = None) -> None:
         """Compile every kernel and capture every graph, on an empty pool; `progress` hears of (steps done, steps in all). With several
         ranks all do it at once, whose warm-ups are the same steps."""
-        plans = self._layers.warm_plans(max_batch_tokens)
-        for done, plan in enumerate(plans):
-            self.run(plan)
+        steps = self._layers.warm_steps(max_batch_tokens)
+        for done, step in enumerate(steps):
+            self._collect(self._issue(*step))
             self.reset()
             if progress is not None:
-                progress(done + 1, len(plans))
+                progress(done + 1, len(steps))
 
-    def _issue(self, plan: StepPlan) -> _Issued:
+    def _issue(self, plan: StepPlan, share: bool = False) -> _Issued:
         for seq in plan.forget:
             self._scores.pop(seq, None)
         self._move(plan)
         if not plan.rows:
             return _Issued(plan, [], None, Mark(self._device), ())
         step = self._table.gather(plan.rows)
-        computed = self._layers.compute(step)
+        computed = self._layers.compute(step, share)
         scores = tuple(self._score_prompts(computed))
         ending = self._layers.ending(step, computed)
         if ending is None:
@@ -194,19 +195,21 @@ class DeviceFollower(FollowerRunner):
         self._issue(plan)
         self._under_way.append(Mark(self._device))
 
+    @torch.inference_mode()
     def warm_up(self, max_batch_tokens: int) -> None:
         """As `DeviceRunner.warm_up`, at the same time."""
-        for plan in self._layers.warm_plans(max_batch_tokens):
-            self.run(plan, ())
+        for step in self._layers.warm_steps(max_batch_tokens):
+            self._issue(*step)
+            Mark(self._device).wait()
             self._table.reset()
             self._drawn.clear()
 
-    def _issue(self, plan: StepPlan) -> None:
+    def _issue(self, plan: StepPlan, share: bool = False) -> None:
         self._move(plan)
         if not plan.rows:
             return
         step = self._table.gather(plan.rows)
-        computed = self._layers.compute(step)
+        computed = self._layers.compute(step, share)
         self._score_chunks(computed)
         ending = self._layers.ending(step, computed)
         if ending is None:

@@ -159,7 +159,7 @@ def copy_with_kernel(pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
     from ..kernels.page_copy import move_pages  # Triton is not installed everywhere
 
     ids = torch.tensor(list(zip(*pairs, strict=True)), dtype=torch.int64, pin_memory=pool.is_cuda)
-    sources, destinations = (row.to(pool.device, non_blocking=True) for row in ids)
+    sources, destinations = ids.to(pool.device, non_blocking=True)
     move_pages(pool, sources, pool, destinations)
 
 
