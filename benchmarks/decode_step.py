@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from quire.kernels.triton_ops import TritonOps
 from quire.worker.cuda_graphs import Capture, CudaCapture
+from quire.worker.device_layers import Decoding
 from quire.worker.device_runner import DeviceRunner
 from quire.worker.device_sampler import DeviceSampler
 from quire.worker.kv_store import KVStore, PageShape
@@ -98,7 +99,7 @@ def runner_of(model: DecoderModel, rows: int, context: int, device: str, dtype: 
     page = PageShape(config.num_kv_heads, config.num_layers, PAGE, config.head_dim, dtype)
     kv = KVStore(page, rows * pages_of(context), device)
     sampler = DeviceSampler((), config.vocab_size, torch.device(device))
-    return DeviceRunner(model, kv, sampler, rows, context + WARM_STEPS + STEPS + 2, capture=capture)
+    return DeviceRunner(model, kv, sampler, rows, context + WARM_STEPS + STEPS + 2, how=Decoding(capture))
 
 
 def pages_of(context: int) -> int:

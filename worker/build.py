@@ -13,6 +13,7 @@ import torch
 from .backend import device_of, kernels_of, kv_dtype_of, linears_of, ops_of
 from .config import EngineOptions
 from .cuda_graphs import CudaCapture
+from .device_layers import Decoding
 from .device_runner import DeviceFollower, DeviceRunner
 from .host_memory import free_bytes
 from .kv_store import KVStore, PageShape
@@ -106,12 +107,13 @@ def _runner(
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere
 
     sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, kv.pool.device)
-    return DeviceRunner(rank.model, kv, sampler, *rest, capture=_capture(options), group=group)
+    return DeviceRunner(rank.model, kv, sampler, *rest, how=_decoding(rank, options), group=group)
 
 
-def _capture(options: EngineOptions) -> CudaCapture | None:
-    """What makes graphs of decode steps; the same on every rank."""
-    return CudaCapture() if options.model.cuda_graphs else None
+def _decoding(rank: _Rank, options: EngineOptions) -> Decoding:
+    """The same on every rank. Fixed tiles and windows have no use for a prefix that is read apart."""
+    capture = CudaCapture() if options.model.cuda_graphs else None
+    return Decoding(capture, share_prefixes=not options.model.deterministic and None in rank.config.sliding_windows)
 
 
 def _works_ahead(rank: _Rank, device: torch.device) -> bool:
@@ -126,7 +128,7 @@ def build_follower(options: EngineOptions, group: RankGroup, progress: Progress 
     most, longest = _max_running(options), rank.config.max_model_len
     if not _works_ahead(rank, kv.pool.device):
         return FollowerRunner(rank.model, kv, most, longest, mover)
-    runner = DeviceFollower(rank.model, kv, group, most, longest, mover, capture=_capture(options))
+    runner = DeviceFollower(rank.model, kv, group, most, longest, mover, how=_decoding(rank, options))
     runner.warm_up(options.scheduler.max_batch_tokens)
     return runner
 

@@ -27,6 +27,18 @@ from .staging import Staging
 WARM_CHUNK = 64  # tokens of a small prefill in the warm-up
 
 
+class Decoding(NamedTuple):
+    """How decode rows are computed.
+
+    Attributes:
+        capture: makes a graph of a decode step; None to run all steps eagerly.
+        share_prefixes: whether the kernels read a prefix once for several rows.
+    """
+
+    capture: Capture | None = None
+    share_prefixes: bool = True
+
+
 class Ending(NamedTuple):
     """The rows of a step that sample, in the order in which they are computed."""
 
@@ -58,26 +70,25 @@ class DeviceLayers:
         model, kv, table: of this rank.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
-        capture: makes a graph of a decode step; None to run all steps eagerly.
+        how: graphs, and shared prefixes.
     """
 
-    def __init__(
-        self, model: DecoderModel, kv: KVStore, table: SequenceTable, max_running: int, max_len: int, capture: Capture | None
-    ) -> None:
+    def __init__(self, model: DecoderModel, kv: KVStore, table: SequenceTable, max_running: int, max_len: int, how: Decoding) -> None:
         device = kv.pool.device
         self._model, self._kv, self._table = model, kv, table
         self._staging, self._samples = Staging(device), Staging(device)
         self._latest = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._max_running, self._max_len = max_running, max_len
         width = -(-max_len // kv.page_size)
-        self.graphs = None if capture is None else DecodeGraphs(self._forward, max_running, width, device, capture)
+        self.graphs = None if how.capture is None else DecodeGraphs(self._forward, max_running, width, device, how.capture)
+        self._shares = how.share_prefixes
 
     def compute(self, step: Gathered, share: bool = False) -> Computed:
         """A step up to the last layer. Its result is good until the next call. `share`: its decodes read together what they share, whether
         that pays or not."""
         decodes = slice(step.num_decode)
         graphed = self.graphs is not None and self.graphs.holds(step)
-        shared = shared_pages(step.tables[decodes], step.kv_lens[decodes], self._kv.page_size)
+        shared = shared_pages(step.tables[decodes], step.kv_lens[decodes], self._kv.page_size) if self._shares else 0
         if not share and not worth_sharing(step.num_decode, shared, self._kv.page_bytes, graphed):
             shared = 0
         ends = step.row_starts[1:]
@@ -140,7 +151,7 @@ class DeviceLayers:
         return warm
 
     def _may_share(self) -> bool:
-        return worth_sharing(self._max_running, self._kv.num_pages, self._kv.page_bytes, graphed=False)
+        return self._shares and worth_sharing(self._max_running, self._kv.num_pages, self._kv.page_bytes, graphed=False)
 
     def _forward(self, tokens: Tensor, owners: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         known = torch.where(tokens == PENDING, self._latest[owners], tokens)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .cuda_graphs import Capture
-from .device_layers import DeviceLayers, Pending
+from .device_layers import Decoding, DeviceLayers, Pending
 from .kv_store import KVStore
 from .model import DecoderModel
 from .page_mover import PageMover
@@ -54,7 +53,7 @@ class DeviceRunner(ModelRunner):
         mover, addresses: as for `ModelRunner`.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
-        capture: makes a graph of a decode step; None to run all steps eagerly.
+        how: graphs, and shared prefixes.
         group: the ranks that get the tokens; None when there is only this one.
     """
 
@@ -68,14 +67,14 @@ class DeviceRunner(ModelRunner):
         mover: PageMover | None = None,
         addresses: tuple[str, ...] = (),
         *,
-        capture: Capture | None = None,
+        how: Decoding,
         group: RankGroup | None = None,
     ) -> None:
         super().__init__(model, kv, sampler, max_running, max_len, mover, addresses)
         self._draws = sampler
         self._device = kv.pool.device
         self._group = group
-        self._layers = DeviceLayers(model, kv, self._table, max_running, max_len, capture)
+        self._layers = DeviceLayers(model, kv, self._table, max_running, max_len, how)
         self._ahead: _Issued | None = None
 
     def reset(self) -> None:
@@ -151,7 +150,7 @@ class DeviceFollower(FollowerRunner):
         mover: as for `ModelRunner`.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
-        capture: as for the leader.
+        how: as for the leader.
     """
 
     def __init__(
@@ -163,12 +162,12 @@ class DeviceFollower(FollowerRunner):
         max_len: int,
         mover: PageMover | None = None,
         *,
-        capture: Capture | None = None,
+        how: Decoding,
     ) -> None:
         super().__init__(model, kv, max_running, max_len, mover)
         self._device = kv.pool.device
         self._group = group
-        self._layers = DeviceLayers(model, kv, self._table, max_running, max_len, capture)
+        self._layers = DeviceLayers(model, kv, self._table, max_running, max_len, how)
         self._drawn: deque[Pending] = deque()  # step by step, each in the order of its plan's sampling rows
         self._under_way: deque[Mark] = deque()
 

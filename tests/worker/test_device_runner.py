@@ -19,6 +19,7 @@ from tiny_models import tiny_checkpoint
 from quire import LLM, SamplingParams
 from quire.worker import backend, device_layers
 from quire.worker.cuda_graphs import CudaCapture, buckets_up_to
+from quire.worker.device_layers import Decoding
 from quire.worker.device_runner import DeviceRunner
 from quire.worker.device_sampler import DeviceSampler
 from quire.worker.linear import PlainLinear
@@ -44,7 +45,7 @@ def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
     assert isinstance(plain, ModelRunner)
     info, kv = llm.engine.info, plain._kv
     sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, kv.pool.device)
-    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, capture=capture)
+    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, how=Decoding(capture))
     return llm
 
 
