@@ -77,31 +77,48 @@ class DeviceSampler(Sampler):
 def sample_rows(rows: Sequence[SamplingRow], eos: Sequence[int]) -> list[Ints | Floats]:
     """The fields of `SampleRows`, on the host."""
     params = [row.params for row in rows]
-    cells = [_cells(row, eos) for row in rows]
-    starts = np.cumsum([0, *(len(ids) for ids, *_ in cells)]).astype(np.int32)
-    ids, bias, repetition, penalty = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    edited = {i: _cells(row, eos) for i, row in enumerate(rows) if _is_edited(row)}  # few, as a rule
+    counts = np.zeros(len(rows) + 1, np.int32)
+    for i, (ids, *_) in edited.items():
+        counts[i + 1] = len(ids)
     return [
         np.array([p.temperature for p in params], np.float32),
         np.array([max(p.top_k, 0) for p in params], np.int32),
         np.array([p.top_p for p in params], np.float32),
         np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
         stream_keys([row.seed for row in rows], [row.position for row in rows]).view(np.int32),
-        starts,
-        *(ids, bias, repetition, penalty),
+        np.cumsum(counts, dtype=np.int32),
+        *(map(np.concatenate, zip(*edited.values(), strict=True)) if edited else _NO_CELLS),
     ]
+
+
+_NO_CELLS = np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(3))
+
+
+def _is_edited(row: SamplingRow) -> bool:
+    p = row.params
+    penalized = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
+    return bool(penalized or p.logit_bias) or len(row.tokens) - row.prompt_len < p.min_tokens
 
 
 def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats]:
     """The logits of a row that are edited, each once: (tokens, bias, repetition, penalty), as `SampleRows` has them."""
     p = row.params
     banned = [*eos, *p.stop_token_ids] if len(row.tokens) - row.prompt_len < p.min_tokens else []
-    said = np.unique(row.tokens) if p.repetition_penalty != 1.0 else np.zeros(0, np.int32)
+    said, _ = _counted(row.tokens if p.repetition_penalty != 1.0 else row.tokens[:0])
     counted = p.presence_penalty or p.frequency_penalty
-    seen, counts = np.unique(row.tokens[row.prompt_len :] if counted else row.tokens[:0], return_counts=True)
-    ids = np.unique(np.concatenate((np.array([*p.logit_bias, *banned], np.int32), said, seen))).astype(np.int32)
+    seen, counts = _counted(row.tokens[row.prompt_len :] if counted else row.tokens[:0])
+    ids, _ = _counted(np.concatenate((np.array([*p.logit_bias, *banned], np.int32), seen, said)))
     bias, repetition, penalty = np.zeros(len(ids), np.float32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32)
     bias[np.searchsorted(ids, list(p.logit_bias))] = list(p.logit_bias.values())
     bias[np.searchsorted(ids, banned)] = -math.inf
     repetition[np.searchsorted(ids, said)] = p.repetition_penalty
     penalty[np.searchsorted(ids, seen)] = counts * p.frequency_penalty + p.presence_penalty
     return ids, bias, repetition, penalty
+
+
+def _counted(tokens: Ints) -> tuple[Ints, npt.NDArray[np.intp]]:
+    """The different ones, sorted, and how often each occurs: `np.unique`, several times as fast for some thousands."""
+    ordered = np.sort(tokens)
+    starts = np.flatnonzero(np.concatenate((np.ones(min(len(ordered), 1), bool), ordered[1:] != ordered[:-1])))
+    return ordered[starts], np.diff(np.append(starts, len(ordered)))
