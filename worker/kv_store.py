@@ -5,6 +5,8 @@ Nothing outside this file and the kernels' strides knows the layout. Whose page 
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from importlib.util import find_spec
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,9 +56,8 @@ class KVStore:
         self.num_pages = num_pages
         held = torch.uint8 if shape.dtype.itemsize == 1 else shape.dtype
         self.pool = _zeros((num_pages, *shape.dims), held, torch.device(device))
-        self.host = _zeros((host_pages, *shape.dims), held, torch.device("cpu"))
-        if self.pool.device.type == "cuda" and host_pages:
-            _pin(self.host)
+        pinned = self.pool.device.type == "cuda" and host_pages > 0
+        self.host = _zeros((host_pages, *shape.dims), held, torch.device("cpu"), pinned)
         self._layers = [self.pool[:, :, layer].view(shape.dtype) for layer in range(shape.layers)]
         self._kernel = copy_with_kernel if self.pool.is_cuda and find_spec("triton") else None
 
@@ -188,22 +190,29 @@ def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int,
             first = i
 
 
-def _pin(memory: Tensor) -> None:
-    """Lock host memory in its place, so that a GPU reaches it. What torch pins by itself it rounds up to a power of two bytes.
-
-    Raises:
-        RuntimeError: so much may not be locked.
-    """
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
-    if code:
-        raise RuntimeError(f"host_memory: {memory.nbytes} bytes of host memory cannot be locked for the GPU (CUDA error {code})")
-
-
-def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
     """Zeros. On a CPU the system hands them out when they are first touched, so an idle pool takes no memory and no time."""
     if device.type != "cpu":
         return torch.zeros(dims, dtype=dtype, device=device)
     size = prod(dims) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    memory = _pinned(size) if pinned else np.zeros(size + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
     return torch.from_numpy(memory[start : start + size]).view(dtype).view(dims)
+
+
+def _pinned(size: int) -> npt.NDArray[np.uint8]:
+    """Zeros that are locked in their place as long as they live, so that a GPU reaches them. torch would round up to a power of two bytes.
+
+    Raises:
+        RuntimeError: so much may not be locked.
+    """
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # pages of its own: none can be locked twice
+    mapped.madvise(mmap.MADV_HUGEPAGE)  # all are touched now: a few large ones are quicker
+    memory = np.frombuffer(mapped, np.uint8)
+    cudart, at = torch.cuda.cudart(), memory.ctypes.data  # type: ignore[no-untyped-call]
+    code = int(cudart.cudaHostRegister(at, size, 0))
+    if code:
+        raise RuntimeError(f"host_memory: {size} bytes of host memory cannot be locked for the GPU (CUDA error {code})")
+    # Whatever is mapped there next could not be locked otherwise. At the end of the process there may be no CUDA any more.
+    weakref.finalize(mapped, cudart.cudaHostUnregister, at).atexit = False
+    return memory

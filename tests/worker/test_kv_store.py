@@ -75,3 +75,38 @@ def test_some_heads_of_pages_are_packed_and_unpacked(staged_pages: int, single: 
     assert torch.equal(other.pool[[1, 7, 2], 0], store.pool[[6, 0, 3], 1])
     assert not other.pool[:, 1].any()
     assert not other.pool[[0, 3, 4, 5, 6]].any()
+
+
+class Locks:
+    """In place of CUDA's run time: which memory is locked."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:  # noqa: N802
+        self.locked[at] = size
+        return self.error
+
+    def cudaHostUnregister(self, at: int) -> None:  # noqa: N802
+        del self.locked[at]
+
+
+def test_pinned_memory_is_locked_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    locks = Locks()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: locks)
+    host = kv_store._zeros((3, *SHAPE.dims), torch.float32, torch.device("cpu"), pinned=True)
+    assert host.shape == (3, *SHAPE.dims)
+    assert not host.any()
+    assert locks.locked == {host.data_ptr(): 3 * SHAPE.page_bytes}
+    view = host[1:]
+    del host
+    assert locks.locked, "a view holds it"
+    del view
+    assert not locks.locked
+
+
+def test_memory_that_may_not_be_locked_is_an_error_that_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Locks(error=2))
+    with pytest.raises(RuntimeError, match=r"host_memory: 4096 bytes .* \(CUDA error 2\)"):
+        kv_store._zeros((1024,), torch.float32, torch.device("cpu"), pinned=True)
