@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from .deploy.handle import connect
     from .worker.llm import LLM
     from .worker.protocol import BadRequest, Overloaded, ReplicaLost, SamplingParams
+    from .worker.text.grammar import grammar_of
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "BadRequest", "Overloaded", "ReplicaLost", "SamplingParams", "__version__", "connect"]
+__all__ = ["LLM", "BadRequest", "Overloaded", "ReplicaLost", "SamplingParams", "__version__", "connect", "grammar_of"]
 
 _HOME = {
     "LLM": ".worker.llm",
@@ -27,6 +28,7 @@ _HOME = {
     "BadRequest": ".worker.protocol",
     "Overloaded": ".worker.protocol",
     "ReplicaLost": ".worker.protocol",
+    "grammar_of": ".worker.text.grammar",
 }
 
 

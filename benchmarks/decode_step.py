@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quire.kernels.triton_ops import TritonOps
+from quire.worker.constraint import Constraints
 from quire.worker.cuda_graphs import Capture, CudaCapture
 from quire.worker.device_layers import Decoding
 from quire.worker.device_runner import DeviceRunner
@@ -34,6 +36,7 @@ from quire.worker.model_config import ModelConfig
 from quire.worker.plan import NewSequence, Row, StepPlan
 from quire.worker.protocol import SamplingParams
 from quire.worker.rope import RopeConfig
+from quire.worker.text.tokenizer import load_tokenizer
 
 PAGE, WARM_STEPS, STEPS = 32, 8, 64
 ROOM = 0.9  # of the memory that is free: what is left is for activations, graphs and logits
@@ -99,7 +102,8 @@ def runner_of(model: DecoderModel, rows: int, context: int, device: str, dtype: 
     page = PageShape(config.num_kv_heads, config.num_layers, PAGE, config.head_dim, dtype)
     kv = KVStore(page, rows * pages_of(context), device)
     sampler = DeviceSampler((), config.vocab_size, torch.device(device))
-    return DeviceRunner(model, kv, sampler, rows, context + WARM_STEPS + STEPS + 2, how=Decoding(capture))
+    constraints = Constraints(partial(load_tokenizer, Path()), (), config.vocab_size)  # nobody brings a grammar
+    return DeviceRunner(model, kv, sampler, constraints, rows, context + WARM_STEPS + STEPS + 2, how=Decoding(capture))
 
 
 def pages_of(context: int) -> int:

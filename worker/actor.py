@@ -269,7 +269,10 @@ class ReplicaActor:
         if self._loop is None or epoch != self._epoch:
             return reply_to(ReplicaLost(f"{self._replica_id} is not ready in epoch {epoch}"))
         try:
-            answer = self._loop.submit_nowait(connection, GenerateRequest.from_wire(data))
+            request = GenerateRequest.from_wire(data)
+            if self._engine is not None and request.params.grammar:  # those who run do not wait until it is compiled
+                await asyncio.to_thread(self._engine.prepare, request)
+            answer = self._loop.submit_nowait(connection, request)
             await asyncio.wait_for(asyncio.wrap_future(answer), SUBMIT_TIMEOUT_S)
         except QuireError as error:
             return reply_to(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from .backend import device_of, kernels_of, kv_dtype_of, linears_of, ops_of
 from .config import EngineOptions
+from .constraint import Constraints
 from .cuda_graphs import CudaCapture
 from .device_layers import Decoding
 from .device_runner import DeviceFollower, DeviceRunner
@@ -29,6 +31,7 @@ from .runner import FollowerRunner, LeaderRunner, ModelRunner
 from .sampler import Sampler
 from .shard import Shard
 from .suspend_files import SuspendDirectory
+from .text.tokenizer import load_tokenizer
 from .weights import open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,8 @@ def _runner(
 ) -> ModelRunner:
     """The runner for the device. On a GPU with Triton it works ahead, from graphs unless those are switched off."""
     config = rank.config
-    rest = (_max_running(options), config.max_model_len, *moving)
+    constraints = Constraints(partial(load_tokenizer, rank.path), config.eos_token_ids, config.vocab_size)
+    rest = (constraints, _max_running(options), config.max_model_len, *moving)
     if not _works_ahead(rank, kv.pool.device):
         return ModelRunner(rank.model, kv, Sampler(config.eos_token_ids, config.vocab_size), *rest)
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere

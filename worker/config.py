@@ -102,6 +102,7 @@ class LimitOptions:
     max_stop: int = option(16, "stop strings in one request, and stop token ids")
     max_stop_chars: int = option(256, "characters in one stop string")
     max_logit_bias: int = option(1024, "entries in logit_bias")
+    max_grammar: int = option(64 * 1024, "characters of a JSON schema, regular expression or grammar that an answer has to follow")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .constraint import Constraints
 from .device_layers import Decoding, DeviceLayers, Pending
 from .kv_store import KVStore
 from .model import DecoderModel
@@ -26,7 +27,6 @@ from .parallel import RankGroup
 from .plan import Sampled, StepPlan, StepResult
 from .protocol import TokenLogprob
 from .runner import FollowerRunner, ModelRunner
-from .sampler import SamplingRow
 from .staging import TURNS, Mark
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DeviceRunner(ModelRunner):
 
     Args:
         model, kv, sampler: what computes.
-        mover, addresses: as for `ModelRunner`.
+        constraints, mover, addresses: as for `ModelRunner`.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
         how: graphs, and shared prefixes.
@@ -62,6 +62,7 @@ class DeviceRunner(ModelRunner):
         model: DecoderModel,
         kv: KVStore,
         sampler: DeviceSampler,
+        constraints: Constraints,
         max_running: int,
         max_len: int,
         mover: PageMover | None = None,
@@ -70,7 +71,7 @@ class DeviceRunner(ModelRunner):
         how: Decoding,
         group: RankGroup | None = None,
     ) -> None:
-        super().__init__(model, kv, sampler, max_running, max_len, mover, addresses)
+        super().__init__(model, kv, sampler, constraints, max_running, max_len, mover, addresses)
         self._draws = sampler
         self._device = kv.pool.device
         self._group = group
@@ -113,8 +114,7 @@ class DeviceRunner(ModelRunner):
                 progress(done + 1, len(steps))
 
     def _issue(self, plan: StepPlan, share: bool = False) -> _Issued:
-        for seq in plan.forget:
-            self._scores.pop(seq, None)
+        self._note(plan)
         self._move(plan)
         if not plan.rows:
             return _Issued(plan, [], None, Mark(self._device), ())
@@ -124,7 +124,7 @@ class DeviceRunner(ModelRunner):
         ending = self._layers.ending(step, computed)
         if ending is None:
             return _Issued(plan, [], None, Mark(self._device), scores)
-        wanted = [SamplingRow(s.params, s.seed, s.num_tokens, s.prompt_len, self._table.tokens(s)) for s in ending.slots]
+        wanted = [self._wanted(row, slot) for row, slot in zip(ending.rows, ending.slots, strict=True)]
         drawing = self._draws.begin(self._model.logits(ending.hidden), wanted)
         if self._group is not None:
             self._group.share(drawing.tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.sampling import SampleRows, sample
 from .counter_rng import stream_keys
 from .protocol import TokenLogprob
-from .sampler import NOT_FINITE, Drawn, Sampler, SamplingRow, reported
+from .sampler import Drawn, Sampler, SamplingRow, outcomes, reported
 from .staging import Answer, Staging
 
 Ints = npt.NDArray[np.int32]
@@ -26,19 +26,22 @@ Floats = npt.NDArray[np.float32]
 class Drawing:
     """Tokens that are being drawn: `tokens` int64 [rows], on the device."""
 
-    def __init__(self, tokens: Tensor, finite: Tensor, scored: list[int], tops: list[int], logprobs: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, rows: Sequence[SamplingRow], tokens: Tensor, finite: Tensor, scored: list[int], logprobs: tuple[Tensor, ...]
+    ) -> None:
         self.tokens = tokens
+        self._rows = rows
         self._scored = scored
-        self._tops = tops
+        self._tops = [rows[i].params.logprobs or 0 for i in scored]
         self._answer = Answer(tokens, finite, *logprobs)
 
     def result(self) -> list[Drawn]:
         """What each row drew. Waits for the device."""
         tokens, finite, *logprobs = self._answer.wait()
-        drawn = [Drawn(token) if ok else Drawn(0, None, NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
+        drawn = outcomes(self._rows, tokens, finite)
         if self._scored:
             for i, top, own, values, ids in zip(self._scored, self._tops, *logprobs, strict=True):
-                if finite[i]:
+                if drawn[i].error is None:
                     best = tuple((t, reported(v)) for t, v in zip(ids[:top], values[:top], strict=True))
                     drawn[i] = drawn[i]._replace(logprob=TokenLogprob(tokens[i], reported(own), best))
         return drawn
@@ -63,15 +66,26 @@ class DeviceSampler(Sampler):
             rows: in the order of `logits`; at least one.
         """
         scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        *columns, chosen = self._staging.upload([*sample_rows(rows, self._eos), np.array(scored, np.int64)])
+        bound = [(i, row.allowed.words) for i, row in enumerate(rows) if row.allowed is not None]
+        places = [np.array(scored, np.int64), np.array([i for i, _ in bound], np.int64)]
+        words = np.array([words.view(np.int32) for _, words in bound], np.int32)
+        *columns, chosen, masked, bits = self._staging.upload([*sample_rows(rows, self._eos), *places, words])
         raw = logits[chosen] if scored else None
+        if bound:
+            logits[masked] = torch.where(_spread(bits, logits.shape[1]), logits[masked], -math.inf)
         tokens, finite = sample(logits, SampleRows(*columns))
-        tops = [rows[i].params.logprobs or 0 for i in scored]
         logprobs: tuple[Tensor, ...] = ()
         if raw is not None:
             scores = torch.log_softmax(raw, dim=1)
-            logprobs = (scores.gather(1, tokens[chosen][:, None])[:, 0], *scores.topk(min(max(tops), scores.shape[1]), dim=1))
-        return Drawing(tokens, finite, scored, tops, logprobs)
+            most = max(rows[i].params.logprobs or 0 for i in scored)
+            logprobs = (scores.gather(1, tokens[chosen][:, None])[:, 0], *scores.topk(min(most, scores.shape[1]), dim=1))
+        return Drawing(rows, tokens, finite, scored, logprobs)
+
+
+def _spread(words: Tensor, count: int) -> Tensor:
+    """bool [G, count] of int32 [G, W]: bit `t % 32` of word `t // 32` at t."""
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)
+    return (bits & 1).bool().flatten(1)[:, :count]
 
 
 def sample_rows(rows: Sequence[SamplingRow], eos: Sequence[int]) -> list[Ints | Floats]:
@@ -98,13 +112,13 @@ _NO_CELLS = np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(3))
 def _is_edited(row: SamplingRow) -> bool:
     p = row.params
     penalized = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
-    return bool(penalized or p.logit_bias) or len(row.tokens) - row.prompt_len < p.min_tokens
+    return bool(penalized or p.logit_bias) or row.banned
 
 
 def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats]:
     """The logits of a row that are edited, each once: (tokens, bias, repetition, penalty), as `SampleRows` has them."""
     p = row.params
-    banned = [*eos, *p.stop_token_ids] if len(row.tokens) - row.prompt_len < p.min_tokens else []
+    banned = [*eos, *p.stop_token_ids] if row.banned else []
     said, _ = _counted(row.tokens if p.repetition_penalty != 1.0 else row.tokens[:0])
     counted = p.presence_penalty or p.frequency_penalty
     seen, counts = _counted(row.tokens[row.prompt_len :] if counted else row.tokens[:0])

@@ -37,7 +37,7 @@ class Door:
         return Door(limits, info.vocab_size, info.max_model_len, info.pool_tokens, info.max_sequences)
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """The request in canonical form (`top_k` of -1 becomes 0; lists become tuples).
+        """The request in canonical form (`top_k` of -1 becomes 0; lists become tuples; nothing goes on past the end of a grammar).
 
         Raises:
             BadRequest: a value has the wrong type, is out of bounds, or can never fit.
@@ -115,8 +115,10 @@ class Door:
         _is_integer("min_tokens", params.min_tokens, 0, self.max_model_len)
         if params.seed is not None:
             _is_integer("seed", params.seed, -(2**63), 2**64 - 1)
+        _is_string("grammar", params.grammar, 0, limits.max_grammar)
         return replace(
             params,
+            ignore_eos=params.ignore_eos and not params.grammar,
             top_k=max(params.top_k, 0),
             stop=self._check_stop(params.stop),
             stop_token_ids=self._check_stop_ids(params.stop_token_ids),
@@ -194,6 +196,6 @@ _SCALARS: dict[str, Callable[[str, Any], None]] = {
     "ignore_eos": _is_flag,
 }
 
-_ELSEWHERE = {"n", "max_tokens", "logprobs", "prompt_logprobs", "seed", "stop", "stop_token_ids", "logit_bias"}
+_ELSEWHERE = {"n", "max_tokens", "logprobs", "prompt_logprobs", "seed", "stop", "stop_token_ids", "logit_bias", "grammar"}
 if _SCALARS.keys() | _ELSEWHERE != {f.name for f in fields(SamplingParams)}:
     raise TypeError("a sampling parameter has no check at the door")

@@ -26,6 +26,7 @@ from .protocol import (
     ModelInfo,
     Overloaded,
     ReplicaLoad,
+    SamplingParams,
     SequenceOutput,
 )
 from .scheduler import Scheduler
@@ -50,6 +51,14 @@ class Runner(Protocol):
     def run_ahead(self, plan: StepPlan, following: Callable[[], StepPlan | None]) -> StepResult:
         """`run`. Where the device works beside the host, `following` is asked for the next plan meanwhile, and that one is begun too."""
         return self.run(plan)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """What takes long before sequences of these parameters can be computed: compile their grammar. Called from any thread.
+
+        Raises:
+            BadRequest: it cannot be compiled.
+        """
+        return
 
     def reset(self) -> None:
         """Forget every sequence after a `run` that raised. Raises when there is no way back."""
@@ -128,6 +137,17 @@ class Engine:
         self.startup_s: dict[str, float] = {}  # what its start took beside loading, by phase
         self.resting = False  # the latest step found nothing to do: until something comes in, or a move ends, nor will the next
 
+    def prepare(self, request: GenerateRequest) -> GenerateRequest:
+        """Check a request; in canonical form. It is the part of `submit` that may take long, once, and may be done before on any thread.
+
+        Raises:
+            BadRequest: it is malformed or too large, or its grammar cannot be compiled.
+        """
+        request = self.door.check(request)
+        if request.params.grammar:
+            self.runner.prepare(request.params)
+        return request
+
     def submit(self, request: GenerateRequest) -> GenerateRequest:
         """Check a request and queue all its sequences; the request in canonical form.
 
@@ -138,7 +158,7 @@ class Engine:
             BadRequest: it is malformed, too large, its id is in use, or a sequence that it resumes has ended.
             Overloaded: the queue is full.
         """
-        request = self.door.check(request)
+        request = self.prepare(request)
         if self.scheduler.has_request(request.request_id):
             raise BadRequest("request_id", f"{request.request_id!r} is in use")
         if len(request.choices) > self.room():

@@ -149,7 +149,7 @@ class LLM:
         each = _for_each(params or SamplingParams(), len(prompts))
         pending = []
         for text, prompt, p in zip(texts, prompts, each, strict=True):
-            request = self.engine.door.check(GenerateRequest(f"offline-{self._requests}", (tuple(prompt),), p))
+            request = self.engine.prepare(GenerateRequest(f"offline-{self._requests}", (tuple(prompt),), p))
             self._requests += 1
             pending.append(_Pending(text, request, self.tokenizer, self.engine.info.eos_token_ids))
         show = self._progress if progress is None else progress

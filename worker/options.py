@@ -38,6 +38,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_stop": (0, 2**20),
     "max_stop_chars": (1, 2**20),
     "max_logit_bias": (0, 2**20),
+    "max_grammar": (0, 2**24),
     "port": (0, 65535),
     "max_body": (1024, 2**40),
     "grace_s": (0, 86400),

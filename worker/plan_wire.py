@@ -148,6 +148,7 @@ _BY_ANNOTATION: dict[str, Callable[[Any], bool]] = {
     "int | None": _of(int, type(None)),
     "float": _of(int, float),
     "bool": _of(bool),
+    "str": _of(str),
     "dict[int, float]": _is_bias,
     "tuple[str, ...]": _tuple_of(str),
     "tuple[int, ...]": _tuple_of(int),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from .packing import packb, unpackb
 
+GRAMMAR_FAILED = "grammar: "  # how the error of a sequence begins that its own grammar is to blame for
+
 
 class QuireError(Exception):
     """Base of the errors that a client may see."""
@@ -89,6 +91,8 @@ class SamplingParams:
         stop: strings that end the text; applied where tokens become text, not by the engine.
         stop_token_ids: tokens that end the sequence.
         ignore_eos: go on past the end-of-sequence token.
+        grammar: what the output must follow, as `worker.text.grammar.grammar_of` writes it; empty: anything. It ends the sequence where
+            nothing may follow, whatever `min_tokens` and `ignore_eos` say.
     """
 
     n: int = 1
@@ -108,6 +112,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .constraint import Constraints
 from .engine import Runner
 from .kv_store import KVStore
 from .model import DecoderModel
@@ -20,7 +21,7 @@ from .page_mover import PageMover, Place
 from .parallel import GroupBroken, RankGroup
 from .plan import MemoryBytes, Moved, Row, Sampled, StepPlan, StepResult
 from .plan_wire import pack_end, pack_step
-from .protocol import TokenLogprob
+from .protocol import SamplingParams, TokenLogprob
 from .sampler import Sampler, SamplingRow, prompt_logprobs
 from .sequence_table import Int64Array, SequenceTable, Slot
 
@@ -105,6 +106,7 @@ class ModelRunner(_Ranks, Runner):
 
     Args:
         model, kv, sampler: what computes.
+        constraints: which tokens grammars allow.
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
         mover: carries pages out of `kv` and into it; default: to its host pool and back alone.
@@ -116,6 +118,7 @@ class ModelRunner(_Ranks, Runner):
         model: DecoderModel,
         kv: KVStore,
         sampler: Sampler,
+        constraints: Constraints,
         max_running: int,
         max_len: int,
         mover: PageMover | None = None,
@@ -124,12 +127,23 @@ class ModelRunner(_Ranks, Runner):
         super().__init__(model, kv, max_running, max_len, mover)
         self._addresses = addresses
         self._sampler = sampler
+        self._constraints = constraints
         self._scores: dict[int, list[TokenLogprob]] = {}  # prompt logprobs of prompts that are still being computed
 
     def reset(self) -> None:
         """Forget every sequence, whatever a `run` that raised has left half done."""
         self._table.reset()
         self._scores.clear()
+        self._constraints.reset()
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the grammar of sequences to come."""
+        self._constraints.prepare(params)
+
+    def close(self) -> None:
+        """No further step comes."""
+        super().close()
+        self._constraints.close()
 
     def poll(self) -> tuple[Moved, ...]:
         """The moves that have ended, on every rank."""
@@ -145,8 +159,7 @@ class ModelRunner(_Ranks, Runner):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
-        for seq in plan.forget:
-            self._scores.pop(seq, None)
+        self._note(plan)
         if not plan.rows:
             self._move(plan)
             return StepResult(plan.step, ())
@@ -155,12 +168,25 @@ class ModelRunner(_Ranks, Runner):
         sampled = self._sample(step)
         return StepResult(plan.step, tuple(sampled[row.seq] for row in plan.rows if row.samples), scores)
 
+    def _note(self, plan: StepPlan) -> None:
+        """What a plan says of sequences, where the leader alone keeps something."""
+        for seq in plan.forget:
+            self._scores.pop(seq, None)
+            self._constraints.forget(seq)
+        for new in plan.new:
+            self._constraints.learn(new)
+
+    def _wanted(self, row: Row, slot: Slot) -> SamplingRow:
+        tokens = self._table.tokens(slot)
+        allowed = self._constraints.allowed(row.seq, slot.params, tokens[slot.prompt_len :])
+        return SamplingRow(slot.params, slot.seed, slot.num_tokens, slot.prompt_len, tokens, allowed)
+
     def _sample(self, step: Computed) -> dict[int, Sampled]:
         rows, logits = self._last_logits(step)
         if logits is None:
             return {}
         slots = [self._table[row.seq] for row in rows]
-        wanted = [SamplingRow(s.params, s.seed, s.num_tokens, s.prompt_len, self._table.tokens(s)) for s in slots]
+        wanted = [self._wanted(row, slot) for row, slot in zip(rows, slots, strict=True)]
         results: dict[int, Sampled] = {}
         for row, slot, drawn in zip(rows, slots, self._sampler.sample(logits, wanted), strict=True):
             self._table.append(slot, drawn.token)
@@ -233,6 +259,10 @@ class LeaderRunner(Runner):
     def addresses(self) -> tuple[str, ...]:
         """Where the movers of all ranks are reached."""
         return self._runner.addresses()
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile the grammar of sequences to come."""
+        self._runner.prepare(params)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step, with all ranks."""

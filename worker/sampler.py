@@ -1,6 +1,7 @@
 """From logits to tokens, for a whole batch: bias, penalties, temperature, filters, the draw, and log-probabilities.
 
-The order is vLLM's: logit_bias, min_tokens, penalties, then greedy, or temperature, min_p, top_k, top_p and the draw.
+The order is vLLM's: what the grammar allows, logit_bias, min_tokens, penalties, then greedy, or temperature, min_p, top_k, top_p and the
+draw. Log-probabilities are those before all of it.
 A row's token depends on that row's logits, tokens, parameters, seed and position, never on the rows beside it. A row
 whose logits are not finite gets an error; the other rows do not notice.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .constraint import Allowed
 from .counter_rng import draw, stream_keys
 from .nucleus import floors, leaders
 from .protocol import SamplingParams, TokenLogprob
@@ -32,6 +34,12 @@ class SamplingRow(NamedTuple):
     position: int  # index in the sequence of the token being drawn, prompt included
     prompt_len: int
     tokens: npt.NDArray[np.int32]  # prompt and output so far
+    allowed: Allowed | None = None  # by its grammar
+
+    @property
+    def banned(self) -> bool:
+        """Whether tokens that end it are out of the question. A grammar has seen to that itself."""
+        return self.allowed is None and len(self.tokens) - self.prompt_len < self.params.min_tokens
 
 
 class Drawn(NamedTuple):
@@ -61,22 +69,23 @@ class Sampler:
         raw = _take(logits, scored) if scored else None
         self._edit(logits, rows)
         tokens, finite = _choose(logits, rows)
-        result = [Drawn(token) if ok else Drawn(0, None, NOT_FINITE) for token, ok in zip(tokens, finite, strict=True)]
+        result = outcomes(rows, tokens, finite)
         if raw is not None:
             tops = [rows[i].params.logprobs or 0 for i in scored]
             for i, logprob in zip(scored, _logprobs(raw, [tokens[i] for i in scored], tops), strict=True):
-                if finite[i]:
+                if result[i].error is None:
                     result[i] = result[i]._replace(logprob=logprob)
         return result
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-        """Apply logit_bias, min_tokens and the penalties in place, each in one operation for all rows that have it."""
+        """Apply grammars, logit_bias, min_tokens and the penalties in place, the latter each in one operation for all rows that have it."""
+        _mask(logits, rows)
         bias, banned, repeated, counted = _Cells(), _Cells(), _Cells(), _Cells()
         for i, row in enumerate(rows):
             p = row.params
             if p.logit_bias:
                 bias.add(i, list(p.logit_bias), list(p.logit_bias.values()))
-            if len(row.tokens) - row.prompt_len < p.min_tokens:
+            if row.banned:
                 banned.add(i, [*self._eos, *p.stop_token_ids], -math.inf)
             if p.repetition_penalty != 1.0:
                 repeated.add(i, row.tokens, p.repetition_penalty)
@@ -99,6 +108,24 @@ class Sampler:
         if counted:
             at, values = counted.on(logits.device)
             matrix[at] -= values
+
+
+def outcomes(rows: Sequence[SamplingRow], tokens: Sequence[int], finite: Sequence[bool]) -> list[Drawn]:
+    """What each row drew, or why it did not."""
+    errors = [row.allowed.error if row.allowed else None for row in rows]
+    errors = [error or (None if ok else NOT_FINITE) for error, ok in zip(errors, finite, strict=True)]
+    return [Drawn(token) if error is None else Drawn(0, None, error) for token, error in zip(tokens, errors, strict=True)]
+
+
+def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Nothing is left of the tokens that a row's grammar does not allow."""
+    for i, row in enumerate(rows):
+        if row.allowed is not None:
+            out = np.unpackbits(~row.allowed.words.view(np.uint8), count=logits.shape[1], bitorder="little").view(np.bool_)
+            if logits.device.type == "cpu":
+                np.copyto(logits[i].numpy(), -np.inf, where=out)
+            else:
+                logits[i].masked_fill_(torch.from_numpy(out).to(logits.device), -math.inf)
 
 
 class _Cells:

@@ -257,7 +257,8 @@ class Scheduler(Admission):
 
     def finish_of(self, s: Sequence, token: int, num_output: int) -> tuple[FinishReason | None, int | None]:
         """Whether `token`, the latest of `num_output` output tokens, ends `s`: why, and the stop token that does."""
-        if num_output >= s.params.min_tokens:
+        # Below min_tokens a grammar allows a token that ends it only where nothing else may follow.
+        if num_output >= s.params.min_tokens or s.params.grammar:
             if token in self.eos_token_ids and not s.params.ignore_eos:
                 return FinishReason.STOP, token
             if token in s.params.stop_token_ids:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .sequence import Sequence
 
 MAGIC = b"quire-sequence"
-VERSION = 1
+VERSION = 2
 _CHECKSUM_BYTES = 16
 
 

@@ -80,6 +80,9 @@ class _Noting(Runner):
         self._plan = plan
         return self._runner.run_ahead(plan, following)
 
+    def prepare(self, params: SamplingParams) -> None:
+        self._runner.prepare(params)
+
     def reset(self) -> None:
         self._runner.reset()
 

@@ -94,7 +94,7 @@ def test_who_is_frozen_while_the_next_step_is_under_way_goes_on_as_if_it_had_not
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("repetition_penalty", 1.1), ("prompt_logprobs", 0)
+    ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("repetition_penalty", 1.1), ("prompt_logprobs", 0), ("grammar", "start: /a+/")
 ])  # fmt: skip
 def test_who_needs_values_is_waited_for(name, value):
     engine = started(request("a", [1, 2]), request("b", [3], **{name: value}))

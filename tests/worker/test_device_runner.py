@@ -45,7 +45,9 @@ def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
     assert isinstance(plain, ModelRunner)
     info, kv = llm.engine.info, plain._kv
     sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, kv.pool.device)
-    llm.engine.runner = DeviceRunner(plain._model, kv, sampler, sizes["max_running"], info.max_model_len, how=Decoding(capture))
+    llm.engine.runner = DeviceRunner(
+        plain._model, kv, sampler, plain._constraints, sizes["max_running"], info.max_model_len, how=Decoding(capture)
+    )
     return llm
 
 

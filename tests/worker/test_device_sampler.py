@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quire.worker.constraint import Allowed
 from quire.worker.device_sampler import DeviceSampler, sample_rows
 from quire.worker.protocol import SamplingParams
 from quire.worker.sampler import Sampler, SamplingRow
@@ -38,6 +39,20 @@ def rows() -> list[SamplingRow]:
     return [SamplingRow(p, 11 * i + 1, 20 + i, 12, numbers.integers(0, VOCAB, 20).astype(np.int32)) for i, p in enumerate(PARAMS)]
 
 
+def bound(row: SamplingRow, tokens: list[int], error: str | None = None) -> SamplingRow:
+    """The row under a grammar that allows only `tokens`."""
+    bits = np.zeros(32 * -(-VOCAB // 32), np.uint8)
+    bits[tokens] = 1
+    return row._replace(allowed=Allowed(np.packbits(bits, bitorder="little").view(np.uint32), error))
+
+
+def mixed() -> list[SamplingRow]:
+    """Every other row under a grammar; one that allows only what min_tokens would ban, one that has come to an error."""
+    allowed = {0: [5, 31, 32, 299], 2: [250, 5, 9], 3: [EOS[1]], 5: list(range(64, 96)), 6: [17]}
+    made = [bound(row, allowed[i]) if i in allowed else row for i, row in enumerate(rows())]
+    return [*made[:7], bound(made[7], [], "it does not go on")]
+
+
 def scores() -> torch.Tensor:
     torch.manual_seed(0)
     logits = torch.randn(len(PARAMS), VOCAB) * 3
@@ -58,6 +73,23 @@ def test_the_same_tokens_and_log_probabilities(device):
             assert [t for t, _ in ours.logprob.top] == [t for t, _ in theirs.logprob.top]
     plain = Sampler(EOS, VOCAB).sample(scores(), [r._replace(params=SamplingParams(temperature=0.0)) for r in rows()])
     assert [d.token for d in plain[1:4]] != [d.token for d in expected[1:4]], "the edits decide, or the test shows nothing"
+
+
+def test_grammars_in_a_mixed_batch(device):
+    free = Sampler(EOS, VOCAB).sample(scores(), rows())
+    expected = Sampler(EOS, VOCAB).sample(scores(), mixed())
+    got = DeviceSampler(EOS, VOCAB, device).sample(scores().to(device), mixed())
+    assert [(d.token, d.error) for d in got] == [(d.token, d.error) for d in expected]
+    assert got[7] == (0, None, "it does not go on")
+    assert [got[i].token for i in (1, 4)] == [free[i].token for i in (1, 4)], "who has no grammar does not notice"
+    assert got[0].token in (5, 31, 32, 299)
+    assert (got[3].token, got[6].token) == (EOS[1], 17)
+    assert got[5].token in range(64, 96)
+    raw = torch.log_softmax(scores()[6], dim=0)
+    for drawn in (got[6], expected[6]):
+        assert drawn.logprob is not None
+        assert drawn.logprob.logprob == pytest.approx(raw[17].item(), abs=1e-4), "of the distribution before the grammar"
+        assert [t for t, _ in drawn.logprob.top] == raw.topk(3).indices.tolist()
 
 
 def test_a_row_that_is_not_finite_fails_alone(device):

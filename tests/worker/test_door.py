@@ -10,7 +10,7 @@ from quire.worker.door import Door
 from quire.worker.protocol import BadRequest, GenerateRequest, ModelInfo, SamplingParams
 
 DOOR = Door(
-    LimitOptions(max_prompts=3, max_n=4, max_choices=6, max_logprobs=5, max_stop=2, max_stop_chars=8, max_logit_bias=2),
+    LimitOptions(max_prompts=3, max_n=4, max_choices=6, max_logprobs=5, max_stop=2, max_stop_chars=8, max_logit_bias=2, max_grammar=9),
     vocab_size=100,
     max_model_len=50,
     pool_tokens=64,
@@ -54,6 +54,9 @@ def request(prompts=((1, 2, 3),), **params) -> GenerateRequest:
         ({"logit_bias": {1: math.nan}}, "logit_bias"),
         ({"logit_bias": {1: 1, 2: 1, 3: 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
+        ({"grammar": "0123456789"}, "grammar"),
+        ({"grammar": b"start"}, "grammar"),
+        ({"grammar": None}, "grammar"),
         ({"seed": 2**64}, "seed"),
         ({"seed": 0.5}, "seed"),
         ({"logprobs": 6}, "logprobs"),
@@ -84,6 +87,11 @@ def test_a_bad_value_is_refused_by_name(params, field):
         DOOR.check(request(**params))
     assert refused.value.field == field
     assert len(str(refused.value)) < 300
+
+
+def test_nothing_goes_on_past_the_end_of_a_grammar():
+    assert DOOR.check(request(ignore_eos=True)).params.ignore_eos
+    assert not DOOR.check(request(ignore_eos=True, grammar="start: a")).params.ignore_eos
 
 
 def test_a_good_request_comes_out_in_canonical_form():

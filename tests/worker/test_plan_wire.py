@@ -46,7 +46,7 @@ def test_a_step_and_the_end_come_back_as_they_were() -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
 def test_every_parameter_travels_and_none_of_another_type(name: str) -> None:
-    of: Any = {int: 3, float: 0.25, bool: True, dict: {1: 2.0}, tuple: ("x",) if name == "stop" else (4,), type(None): 5}
+    of: Any = {int: 3, str: "x", float: 0.25, bool: True, dict: {1: 2.0}, tuple: ("x",) if name == "stop" else (4,), type(None): 5}
     changed = replace(SamplingParams(), **{name: of[type(getattr(SamplingParams(), name))]})
     plan = PLAN._replace(new=(NewSequence(1, (1,), 1, (0,), changed, 0),))
     step = unpack(pack_step(plan, ()))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.worker.constraint import Allowed
 from quire.worker.nucleus import floors, floors_on_device, leaders
 from quire.worker.protocol import SamplingParams
 from quire.worker.sampler import LEAST_LOGPROB, Drawn, Sampler, SamplingRow, prompt_logprobs
@@ -252,3 +253,34 @@ def test_a_ban_on_every_token_is_an_error_of_the_row() -> None:
 
 def test_no_rows_no_tokens() -> None:
     assert sample(np.zeros((0, VOCAB), dtype=np.float32), []) == []
+
+
+masks = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8, unique=True)
+
+
+@given(params_of_edits, histories, masks, st.floats(0.0, 1.5), st.integers(0, 50), st.sampled_from([1.0, 0.5, 0.01]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_only_what_the_grammar_allows_is_drawn_whatever_else_is_asked(params, history, tokens, temperature, top_k, top_p, data):
+    """Also where min_tokens would ban all of it, and where the filters would keep more than there is."""
+    params = replace(params, temperature=temperature, top_k=top_k, top_p=top_p, min_p=data.draw(st.sampled_from([0.0, 0.3])))
+    logits = random_logits(data.draw(st.integers(0, 99)), rows=2)
+    given = row(params, tokens=tuple(history))
+    free, bound = sample(logits, [given, given._replace(allowed=allowed(tokens))])
+    assert bound.error is None
+    assert bound.token in tokens
+    assert sample(logits[:1], [given])[0].token == free.token
+
+
+def test_under_a_grammar_the_best_of_what_is_allowed_wins():
+    logits = random_logits(3)
+    tokens = [1, 7, 31, 32, 39]
+    expected = max(tokens, key=lambda token: logits[0, token])
+    assert sample(logits, [row(SamplingParams(temperature=0.0))._replace(allowed=allowed(tokens))])[0].token == expected
+    biased = SamplingParams(temperature=0.0, logit_bias={7: 100.0, 8: 100.0})
+    assert sample(logits, [row(biased)._replace(allowed=allowed(tokens))])[0].token == 7
+
+
+def allowed(tokens: list[int]) -> Allowed:
+    bits = np.zeros(64, np.uint8)
+    bits[tokens] = 1
+    return Allowed(np.packbits(bits, bitorder="little").view(np.uint32))

@@ -300,6 +300,9 @@ def test_eos_and_stop_tokens_end_a_sequence_after_min_tokens():
     assert tokens(outputs["a", 0]) == free_run[:first]
     assert (outputs["a", 0][-1].finish, outputs["a", 0][-1].stop_token) == (FinishReason.STOP, stop)
     assert len(tokens(outputs["b", 0])) >= 6
+    # Under a grammar, which says when a token that ends it may be drawn, such a token always ends it.
+    engine.submit(request("c", [3, 1], max_tokens=30, stop_token_ids=(stop,), min_tokens=30, ignore_eos=True, grammar="start: /a*/"))
+    assert tokens(run(engine)["c", 0]) == expected_output([3, 1], 1, first)
     assert engine.scheduler.eos_token_ids == {EOS}
 
 

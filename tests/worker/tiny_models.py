@@ -56,6 +56,26 @@ def tiny_checkpoint(path: Path) -> Path:
     return path
 
 
+JSON_PIECES = ('{"', '":', '",', '"}', "},", "]}", "tr", "ue", "true", "nu", "ll", "null", "12", "ab", "abc", "\u010a\u0120")
+BYTES_EOS, BYTES_VOCAB = 256 + len(JSON_PIECES), 300
+
+
+def bytes_checkpoint(path: Path, max_len: int = 512) -> Path:
+    """A directory with a Llama of two layers, and a tokenizer of all bytes and some pairs that JSON has. More logits than tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    sizes = SIZES | {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2, "max_position_embeddings": max_len}
+    random_model(LlamaConfig(**sizes | {"vocab_size": BYTES_VOCAB}, eos_token_id=BYTES_EOS)).save_pretrained(path)
+    vocab = {letter: i for i, letter in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *JSON_PIECES])}
+    merges = [next((p[:i], p[i:]) for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab) for p in JSON_PIECES]
+    text = Tokenizer(models.BPE(vocab, merges))
+    text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=text, eos_token="<eos>").save_pretrained(path)
+    return path
+
+
 def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return lambda x: F.linear(x, weight, bias)
 
