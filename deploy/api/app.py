@@ -22,6 +22,7 @@ from .auth import RequireKey
 from .context import Api
 from .edge_text import EdgeText
 from .middleware import BodyLimit, CountRequests, StrictRequest
+from .structured import EdgeGrammars
 
 
 def create_app(
@@ -41,6 +42,7 @@ def create_app(
         client=client,
         info=info,
         text=EdgeText(tokenizer, info.max_model_len),
+        grammars=EdgeGrammars(tokenizer, info.eos_token_ids, limits.max_grammar),
         options=options,
         limits=limits,
         metrics=Metrics(client.stats, client.recovery, ingress_id),
@@ -52,6 +54,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         api.text.close()
+        api.grammars.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 

@@ -29,7 +29,9 @@ async def chat_completions(request: Request) -> Response:
     asked = Asked(
         request_id=api.new_id("chatcmpl"),
         prompts=(await _prompt(api, body),),
-        params=body.sampling(max_tokens=body.longest(None, api.context), logprobs=_logprobs(body)),
+        params=body.sampling(
+            max_tokens=body.longest(None, api.context), logprobs=_logprobs(body), grammar=await api.grammars.grammar(body)
+        ),
         options=body,
         shown=present(api, body),
         names={"prompt": "messages", "logprobs": "top_logprobs", **body.names},

@@ -31,7 +31,12 @@ async def completions(request: Request) -> Response:
     prompts = read_prompts(body.prompt, api.limits.max_prompts)
     ids = await api.text.encode_all(prompts, body.add_special_tokens, field="prompt")
     longest = body.longest(COMPLETION_MAX_TOKENS, api.context)
-    params = body.sampling(max_tokens=longest, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    params = body.sampling(
+        max_tokens=longest,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=await api.grammars.grammar(body),
+    )
     only_prompt = body.echo and longest == 0  # scoring: one token is drawn, because a step does, and thrown away
     asked = Asked(
         request_id=api.new_id("cmpl"),

@@ -14,6 +14,7 @@ from ..metrics import Metrics
 from .edge_text import EdgeText
 from .errors import ApiError
 from .lifecycle import Lifecycle
+from .structured import EdgeGrammars
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Api:
     client: EngineClient
     info: ModelInfo
     text: EdgeText
+    grammars: EdgeGrammars
     options: ServerOptions
     limits: LimitOptions
     metrics: Metrics

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ...worker.protocol import BadRequest, DeadlineExceeded, Overloaded, QuireError, ReplicaLost
+from ...worker.protocol import GRAMMAR_FAILED, BadRequest, DeadlineExceeded, Overloaded, QuireError, ReplicaLost
 
 RETRY_AFTER_LOST_S = 1  # another replica, or the same one after a restart, may be there by then
 CLIENT_GONE = 499  # nginx's word for it; only metrics and logs ever see it
@@ -69,6 +69,8 @@ def as_api_error(error: QuireError) -> ApiError:
 
 def engine_failed(message: str | None) -> ApiError:
     """A sequence that ended with `FinishReason.ERROR`."""
+    if message is not None and message.startswith(GRAMMAR_FAILED):
+        return ApiError(400, message, code="grammar_too_complex")
     return ApiError(500, message or "the engine could not compute this sequence", code="engine_error")
 
 

@@ -18,6 +18,7 @@ from .context import Api
 from .info_routes import READS
 from .messages import HARMLESS, NOT_THERE
 from .schemas import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, DetokenizeBody, SamplingBody, StreamOptions, Strict, TokenizeBody
+from .structured import FORMATS, GUIDED
 from .unsupported import IGNORED, NEUTRAL
 from .urgency import DEADLINES_MS, NAMED, PRIORITIES
 
@@ -192,10 +193,34 @@ def _sampling(api: Api) -> dict[str, Schema]:
         "seed": _integer(-(2**63), 2**63 - 1),
         "stop": {"anyOf": [stop, _array(stop, 0, limits.max_stop)]},
         "stop_token_ids": _array(_token(api), 0, limits.max_stop),
+        **_constraints(),
         "min_tokens": _integer(0, api.context - 1),
         "priority": {"anyOf": [_integer(*PRIORITIES), {"enum": list(NAMED)}]},
         "deadline_ms": _integer(*DEADLINES_MS),
     }
+
+
+def _constraints() -> dict[str, Schema]:
+    """The fields that `structured.read_constraint` reads. At most one of them may ask for something."""
+    flag: Schema = {"type": ["boolean", "null"]}
+    named = {"name": _STRING, "schema": {"type": "object"}, "strict": flag, "description": {"type": ["string", "null"]}}
+    plain = _object({"type": {"enum": [kind for kind in FORMATS if kind != "json_schema"]}}, "type")
+    schema = _object({"type": {"const": "json_schema"}, "json_schema": _object(named, "name", "schema")}, "type", "json_schema")
+    text = {"type": "string", "minLength": 1}
+    kinds: dict[str, Schema] = {
+        "json": {"type": ["object", "string"], "description": "a JSON schema, or the JSON of one"},
+        "json_object": {"const": True},
+        "regex": {**text, "description": "matches the whole answer; Rust's syntax without look-around"},
+        "choice": _array(_STRING, 1),
+        "grammar": {**text, "description": "llguidance's variant of Lark"},
+    }
+    one = {"anyOf": [_object({key: value}, key) for key, value in kinds.items()]}
+    guided = {name: kinds[of] for name, of in GUIDED.items()}
+    return {"response_format": {"anyOf": [plain, schema]}, "structured_outputs": one, **guided}
+
+
+def _object(properties: dict[str, Schema], *required: str) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": _NULL}
 
 
 def _message() -> Schema:

@@ -70,10 +70,18 @@ class SamplingBody(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    response_format: Any = None  # this and the next five are read by `structured.read_constraint`
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     priority: Any = None  # this and the next are read by `urgency.read_urgency`
     deadline_ms: Any = None
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+    def sampling(
+        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None, grammar: str = ""
+    ) -> SamplingParams:
         """The engine's parameters.
 
         Raises:
@@ -100,6 +108,7 @@ class SamplingBody(Strict):
             stop=_strings("stop", self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            grammar=grammar,
         )
 
     def longest(self, default: int | None, context: int) -> int | None:

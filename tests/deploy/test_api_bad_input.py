@@ -42,8 +42,6 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64}, "seed"),
     ({"priority": 2**40}, "priority"),
     ({"stream_options": {"include_usage": True, "colour": 1}, "stream": True}, "stream_options.colour"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),

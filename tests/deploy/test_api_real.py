@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from serving import ServerThread
 
 from quire.worker.text.tokenizer import Tokenizer
@@ -68,6 +69,14 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(real: ServerThread) 
     assert first == again
     assert first[0] != first[1], "two choices are two draws"
     assert [choice["text"] for choice in complete(real, **{**body, "seed": 8})["choices"]] != first
+
+
+def test_an_answer_that_a_schema_shapes(client: openai.OpenAI, real: ServerThread) -> None:
+    class Colours(BaseModel):
+        colours: list[Literal["red", "green", "blue"]] = Field(min_length=1, max_length=3)
+
+    answer = client.chat.completions.parse(model=real.api.info.name, messages=QUESTION, temperature=0, response_format=Colours)
+    assert isinstance(answer.choices[0].message.parsed, Colours)
 
 
 def test_echoed_log_probabilities_are_those_of_generation(real: ServerThread, tokenizer: Tokenizer) -> None:
