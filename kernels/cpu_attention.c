@@ -138,16 +138,6 @@ INLINE void weighted(int rows, int wide, const float *p, const Block *now, const
         UNROLL for (int c = 0; c < wide; c++) store(o + r * dim + at + c * VL, acc[r][c]);
 }
 
-#define EACH_HEIGHT(rows, call) \
-    switch (rows) { \
-    case 1: { enum { R = 1 }; call; } break; \
-    case 2: { enum { R = 2 }; call; } break; \
-    case 3: { enum { R = 3 }; call; } break; \
-    case 4: { enum { R = 4 }; call; } break; \
-    case 5: { enum { R = 5 }; call; } break; \
-    default: { enum { R = 6 }; call; } break; \
-    }
-
 /* Weights of one block in place of its scores; a row sees the keys [from, to). Sets the row's m and l. */
 static void softmax(float *p, int from, int to, float *m, float *l) {
     const vf hidden = splat(-INFINITY);
@@ -199,7 +189,7 @@ static void attend_block(const Batch *b, const Tile *t, int64_t block, const Blo
     for (int r = 0; r < rows; r += TALL) {
         int height = rows - r < TALL ? rows - r : TALL;
         for (int c = 0; c < to; c += WIDE(height) * VL)
-            EACH_HEIGHT(height, scores(R, WIDE(R), s->q + r * dim, s->keys + c, s->p + r * BLOCK + c, dim))
+            WITH_CONSTANT(R, height, TALL, scores(R, WIDE(R), s->q + r * dim, s->keys + c, s->p + r * BLOCK + c, dim))
     }
     for (int r = 0; r < rows; r++) {
         int64_t position = t->position + r / t->group - first; /* in the block */
@@ -212,9 +202,9 @@ static void attend_block(const Batch *b, const Tile *t, int64_t block, const Blo
         const float *p = s->p + r * BLOCK;
         float *o = state->o + r * dim;
         int64_t d = 0;
-        for (; d + WIDE(height) * VL <= dim; d += WIDE(height) * VL) EACH_HEIGHT(height, weighted(R, WIDE(R), p, now, next, d, o, dim))
-        for (; d + VL <= dim; d += VL) EACH_HEIGHT(height, weighted(R, 1, p, now, next, d, o, dim))
-        if (d < dim) EACH_HEIGHT(height, weighted(R, 1, p, now, next, dim - VL, o, dim)) /* overlaps; the same sums again */
+        for (; d + WIDE(height) * VL <= dim; d += WIDE(height) * VL) WITH_CONSTANT(R, height, TALL, weighted(R, WIDE(R), p, now, next, d, o, dim))
+        for (; d + VL <= dim; d += VL) WITH_CONSTANT(R, height, TALL, weighted(R, 1, p, now, next, d, o, dim))
+        if (d < dim) WITH_CONSTANT(R, height, TALL, weighted(R, 1, p, now, next, dim - VL, o, dim)) /* overlaps; the same sums again */
     }
 }
 

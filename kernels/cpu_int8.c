@@ -28,19 +28,25 @@ typedef struct {
     int32_t correction; /* -128 * sum of the group's inputs */
 } Group;
 
-/* Four signed inputs, the same for every output. */
+INLINE vi word(const void *at) {
+    int32_t read;
+    memcpy(&read, at, sizeof read);
+    return (vi)splat(0) + read;
+}
+
+/* Four signed inputs, the same for every output, as `quantise` has put them: in the order and the type in which they are multiplied. */
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || VL == 4
+typedef int8_t Kept;
 typedef vi Inputs;
-INLINE Inputs inputs_of(int32_t four) { return (vi)splat(0) + four; }
+INLINE int place(int input) { return input; }
+INLINE Inputs inputs_of(const Kept *four) { return word(four); }
 #else
+typedef int16_t Kept;
 typedef struct {
     vi even, odd; /* as 16-bit pairs: inputs 0 and 2, inputs 1 and 3 */
 } Inputs;
-INLINE Inputs inputs_of(int32_t four) {
-    uint32_t even = (uint16_t)(int8_t)four | (uint32_t)(uint16_t)(int8_t)(four >> 16) << 16;
-    uint32_t odd = (uint16_t)(int8_t)(four >> 8) | (uint32_t)(uint16_t)(int8_t)(four >> 24) << 16;
-    return (Inputs){(vi)splat(0) + (int32_t)even, (vi)splat(0) + (int32_t)odd};
-}
+INLINE int place(int input) { return (input & ~3) + (input & 1) * 2 + (input >> 1 & 1); }
+INLINE Inputs inputs_of(const Kept *four) { return (Inputs){word(four), word(four + 2)}; }
 #endif
 
 /* sum[n] + the products of the four weights of each output with the four inputs; nothing here can saturate */
@@ -61,7 +67,7 @@ INLINE vi dot(vi sum, vu weights, Inputs x) {
 #endif
 }
 
-INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t *w, const float *scale, vf acc[][WIDE], int64_t count) {
+INLINE void tile(int tokens, const Kept *x, const Group *groups, const uint8_t *w, const float *scale, vf acc[][WIDE], int64_t count) {
     vf total[TILE][WIDE];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int n = 0; n < WIDE; n++) total[t][n] = splat(0);
@@ -76,9 +82,7 @@ INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t
                 __builtin_prefetch(w + n * VL * 4 + AHEAD);
             }
             UNROLL for (int t = 0; t < tokens; t++) {
-                int32_t four;
-                memcpy(&four, x + (t * count + g) * GROUP + k, 4);
-                Inputs in = inputs_of(four);
+                Inputs in = inputs_of(x + (t * count + g) * GROUP + k);
                 UNROLL for (int n = 0; n < WIDE; n++) sums[t][n] = dot(sums[t][n], row[n], in);
             }
         }
@@ -92,10 +96,10 @@ INLINE void tile(int tokens, const int8_t *x, const Group *groups, const uint8_t
         UNROLL for (int n = 0; n < WIDE; n++) acc[t][n] = total[t][n];
 }
 
-/* One token: n inputs to bytes, the last group padded with zeros. */
-static void quantise(const float *x, int64_t n, int8_t *bytes, Group *groups) {
+/* One token: n inputs, the last group padded with zeros. */
+static void quantise(const float *x, int64_t n, Kept *kept, Group *groups) {
     const vf magic = splat(12582912.0f); /* adding it rounds */
-    for (int64_t from = 0; from < n; from += GROUP, bytes += GROUP, groups++) {
+    for (int64_t from = 0; from < n; from += GROUP, kept += GROUP, groups++) {
         float padded[GROUP] = {0};
         const float *in = x + from;
         if (n - from < GROUP) in = memcpy(padded, in, (n - from) * sizeof(float));
@@ -110,8 +114,7 @@ static void quantise(const float *x, int64_t n, int8_t *bytes, Group *groups) {
         vi all = (vi)splat(0);
         for (int i = 0; i < GROUP; i += VL) {
             vi q = (vi)(load(in + i) * inverse + magic) - (vi)magic;
-            typedef int8_t vb __attribute__((vector_size(VL), aligned(1), may_alias));
-            *(vb *)(bytes + i) = __builtin_convertvector(q, vb);
+            UNROLL for (int j = 0; j < VL; j++) kept[i + place(j)] = (Kept)q[j];
             all += q;
         }
         int32_t bytes_sum = 0;
@@ -122,16 +125,16 @@ static void quantise(const float *x, int64_t n, int8_t *bytes, Group *groups) {
 }
 
 /* x [tokens, inputs], w and scale packed, bias [outputs] or NULL, y [tokens, outputs];
- * work: 72 bytes for each token and group, at an address that is a multiple of 4. */
+ * work: 136 bytes for each token and group, at an address that is a multiple of 4. */
 void quire_linear_int8(const float *x, const uint8_t *w, const float *scale, const float *bias, float *y, void *work, int64_t tokens, int64_t outputs,
                        int64_t inputs, int threads) {
     int64_t panels = (outputs + PANEL - 1) / PANEL, tiles = (tokens + TILE - 1) / TILE, count = (inputs + GROUP - 1) / GROUP;
     Group *groups = work;
-    int8_t *bytes = (int8_t *)(groups + tokens * count);
+    Kept *kept = (Kept *)(groups + tokens * count);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) quantise(x + t * inputs, inputs, bytes + t * count * GROUP, groups + t * count);
+        for (int64_t t = 0; t < tokens; t++) quantise(x + t * inputs, inputs, kept + t * count * GROUP, groups + t * count);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t panel = 0; panel < panels; panel++) {
             const uint8_t *weights = w + panel * PANEL * count * GROUP;
@@ -140,21 +143,10 @@ void quire_linear_int8(const float *x, const uint8_t *w, const float *scale, con
             for (int64_t i = 0; i < tiles; i++) {
                 int64_t first = tokens * i / tiles;
                 int height = (int)(tokens * (i + 1) / tiles - first);
-                const int8_t *in = bytes + first * count * GROUP;
+                const Kept *in = kept + first * count * GROUP;
                 const Group *grouped = groups + first * count;
                 vf acc[TILE][WIDE];
-                switch (height) {
-                case 1: tile(1, in, grouped, weights, scales, acc, count); break;
-                case 2: tile(2, in, grouped, weights, scales, acc, count); break;
-                case 3: tile(3, in, grouped, weights, scales, acc, count); break;
-                case 4: tile(4, in, grouped, weights, scales, acc, count); break;
-#if TILE > 4
-                case 5: tile(5, in, grouped, weights, scales, acc, count); break;
-                case 6: tile(6, in, grouped, weights, scales, acc, count); break;
-                case 7: tile(7, in, grouped, weights, scales, acc, count); break;
-                case 8: tile(8, in, grouped, weights, scales, acc, count); break;
-#endif
-                }
+                WITH_CONSTANT(N, height, TILE, tile(N, in, grouped, weights, scales, acc, count))
                 for (int t = 0; t < height; t++) {
                     float *out = y + (first + t) * outputs + n0, *sums = (float *)acc[t];
                     for (int n = 0; n < width; n++) out[n] = sums[n] + (bias ? bias[n0 + n] : 0.0f);

@@ -43,24 +43,6 @@ INLINE void tile(int tokens, int ahead, const float *x, const float *w, float *t
         }
 }
 
-#define EACH_COUNT(count, call) \
-    switch (count) { \
-    case 1: { enum { N = 1 }; call; } break; \
-    case 2: { enum { N = 2 }; call; } break; \
-    case 3: { enum { N = 3 }; call; } break; \
-    case 4: { enum { N = 4 }; call; } break; \
-    EACH_MORE(call) \
-    }
-#if TILE > 4
-#define EACH_MORE(call) \
-    case 5: { enum { N = 5 }; call; } break; \
-    case 6: { enum { N = 6 }; call; } break; \
-    case 7: { enum { N = 7 }; call; } break; \
-    case 8: { enum { N = 8 }; call; } break;
-#else
-#define EACH_MORE(call)
-#endif
-
 /* Line i of `of` equal shares of the RUN weights that follow: the others fetch theirs meanwhile. */
 INLINE void fetch(const float *next, int64_t i, int64_t of) {
     const int64_t floats = 16, lines = RUN * PANEL / floats;
@@ -79,9 +61,9 @@ static void block(int64_t tokens, const float *x, const float *w, float *total, 
             float *to = total + first * PANEL;
             if (tiles >= MANY) {
                 fetch(weights + RUN * PANEL, i, tiles);
-                EACH_COUNT(count, tile(N, 0, in, weights, to, inputs, run, k == 0))
+                WITH_CONSTANT(N, count, TILE, tile(N, 0, in, weights, to, inputs, run, k == 0))
             } else {
-                EACH_COUNT(count, tile(N, 1, in, weights, to, inputs, run, k == 0))
+                WITH_CONSTANT(N, count, TILE, tile(N, 1, in, weights, to, inputs, run, k == 0))
             }
         }
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from .cpu_library import Library, library
 
 INT8_GROUP = 64  # inputs that share a scale, as in cpu_int8.c
-INT8_WORK_BYTES = 72  # for each token and group: 64 inputs, a scale, a sum
+INT8_WORK_BYTES = 136  # for each token and group: 64 inputs, in 16 bits at most, a scale, a sum
 
 
 class Int8Weight(NamedTuple):

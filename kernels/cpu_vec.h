@@ -33,6 +33,20 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+/* `call` with the constant N in place of `count`, which is 1 to `most`, a constant of at most 8: so that loops over it are unrolled. */
+#define WITH_CONSTANT(N, count, most, call) \
+    switch (count) { \
+    CASE_OF(N, 1, most, call) CASE_OF(N, 2, most, call) CASE_OF(N, 3, most, call) CASE_OF(N, 4, most, call) \
+    CASE_OF(N, 5, most, call) CASE_OF(N, 6, most, call) CASE_OF(N, 7, most, call) CASE_OF(N, 8, most, call) \
+    }
+#define CASE_OF(N, value, most, call) \
+    case value: \
+        if (value <= (most)) { \
+            enum { N = value <= (most) ? value : (most) }; \
+            call; \
+        } \
+        break;
+
 INLINE vf load(const float *p) { return *(const vf_any *)p; }
 INLINE void store(float *p, vf x) { *(vf_any *)p = x; }
 
