@@ -8,6 +8,7 @@ primitives crosses: a refusal is a tuple, not a pickled exception.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -27,7 +28,7 @@ from .config import EngineOptions
 from .engine import Engine, build_engine
 from .engine_loop import EngineLoop
 from .logs import start_actor_logging as start_actor_logging  # noqa: PLC0414 (the other actors take it from here)
-from .migration_wire import Peer
+from .migration_wire import Peer, grammars_of
 from .migrator import Mail
 from .outbox import Outbox, ReaderGivenUp
 from .plan import MemoryBytes
@@ -252,8 +253,13 @@ class ReplicaActor:
     @ray.method(concurrency_group="control")
     async def migration(self, data: bytes) -> None:
         """A message of another replica (`migration_wire`). Answers come as messages of their own."""
-        if self._loop is not None:
-            self._loop.heard(data)
+        engine, loop = self._engine, self._loop
+        if engine is None or loop is None:
+            return
+        for grammar in grammars_of(data):  # those who run here do not wait until it is compiled
+            with contextlib.suppress(BadRequest):  # its first token will tell
+                await asyncio.to_thread(engine.runner.prepare, grammar)
+        loop.heard(data)
 
     @ray.method(concurrency_group="control")
     async def renew(self, connection: str) -> bool:

@@ -8,8 +8,9 @@ when its next token is to be drawn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
 
     from .text.tokenizer import Tokenizer
 
+RENEW_TOKENS = 256
+COMPILE_TIMEOUT_S = 60.0  # a grammar takes less than a second, and the tokenizer, before the first one, some seconds
+
 Words = npt.NDArray[np.uint32]
+
+
+class Wanted(NamedTuple):
+    """A sequence under a grammar whose next token is to be drawn, and its output tokens so far."""
+
+    seq: int
+    params: SamplingParams
+    output: npt.NDArray[np.int32]
 
 
 class Allowed(NamedTuple):
@@ -57,19 +69,19 @@ class Constraints:
         self._sequences: dict[int, _Constrained] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
-    def prepare(self, params: SamplingParams) -> None:
-        """Compile the grammar that sequences to come will have, on any thread. Takes seconds at the first one, when the tokenizer is read.
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that sequences to come will have, on any thread. Takes seconds at the first one, when the tokenizer is read.
 
         Raises:
             BadRequest: it cannot be.
         """
-        self._over_tokens().check(params.grammar)
+        self._over_tokens().check(grammar)
 
     def learn(self, new: NewSequence) -> None:
         """A sequence that the runner has learnt."""
         if new.params.grammar:
             grammar = new.params.grammar
-            self._sequences[new.seq] = _Constrained(grammar, self._thread.submit(lambda: self._over_tokens().matcher(grammar)))
+            self._sequences[new.seq] = _Constrained(self._thread.submit(lambda: self._over_tokens().matcher(grammar)))
 
     def forget(self, seq: int) -> None:
         """A sequence that the runner has forgotten."""
@@ -83,42 +95,53 @@ class Constraints:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def allowed(self, seq: int, params: SamplingParams, output: npt.NDArray[np.int32]) -> Allowed | None:
-        """What may follow `output`, the sequence's output tokens; None when it has no grammar.
+    def allowed(self, wanted: Mapping[int, Wanted]) -> dict[int, Allowed]:
+        """What may follow, by the same keys.
 
-        Below `min_tokens` nothing that ends the sequence may, if anything else may.
+        Below `min_tokens` nothing that ends a sequence may, if anything else may. Matchers that have come to a limit, which those of one
+        grammar share, are made anew.
         """
-        if not params.grammar:
-            return None
-        try:
-            words = self._words(self._sequences[seq], output)
-        except BadRequest as error:
-            return Allowed(self._bits([]), f"{GRAMMAR_FAILED}{error.message}")
-        if len(output) < params.min_tokens:
-            going_on = words & ~self._bits([*self._eos, *params.stop_token_ids])
-            words = going_on if going_on.any() else words
-        return Allowed(words, None if words.any() else f"{GRAMMAR_FAILED}it allows no further token of this model")
+        found = self._masks({key: partial(self._sequences[one.seq].matcher, one.output) for key, one in wanted.items()})
+        stuck = [key for key, allowed in found.items() if allowed.error and self._sequences[wanted[key].seq].renews()]
+        if stuck:
+            self._over_tokens().renew({wanted[key].params.grammar for key in stuck})
+            found |= self._masks({key: partial(self._anew, wanted[key]) for key in stuck})
+        return {key: self._lasting(allowed, wanted[key]) for key, allowed in found.items()}
+
+    def _masks(self, matchers: Mapping[int, Callable[[], LLMatcher]]) -> dict[int, Allowed]:
+        found: dict[int, Allowed] = {}
+        ready: dict[int, LLMatcher] = {}
+        for key, matcher in matchers.items():
+            try:
+                ready[key] = matcher()
+            except BadRequest as error:
+                found[key] = self._failed(error.message)
+        if ready:
+            masks = self._over_tokens().masks(list(ready.values()))
+            for (key, one), mask in zip(ready.items(), masks, strict=True):
+                found[key] = self._failed(why_not(one)) if one.is_error() else Allowed(self._padded(mask))
+        return found
+
+    def _anew(self, wanted: Wanted) -> LLMatcher:
+        sequence = self._sequences[wanted.seq]
+        sequence.restart(self._over_tokens().matcher(wanted.params.grammar))
+        return sequence.matcher(wanted.output)
+
+    def _lasting(self, allowed: Allowed, wanted: Wanted) -> Allowed:
+        """Without what ends the sequence, where it is to go on and can."""
+        if not allowed.error and len(wanted.output) < wanted.params.min_tokens:
+            going_on = allowed.words & ~self._bits([*self._eos, *wanted.params.stop_token_ids])
+            allowed = Allowed(going_on) if going_on.any() else allowed
+        return allowed if allowed.error or allowed.words.any() else self._failed("it allows no further token of this model")
+
+    def _failed(self, why: str) -> Allowed:
+        return Allowed(self._bits([]), GRAMMAR_FAILED + why)
 
     def _over_tokens(self) -> Grammars:
         with self._making:
             if self._grammars is None:
                 self._grammars = Grammars(self._load(), self._eos)
             return self._grammars
-
-    def _words(self, sequence: _Constrained, output: npt.NDArray[np.int32]) -> Words:
-        """The mask after `output`. Matchers that have come to a limit together are made anew once, each for itself.
-
-        Raises:
-            BadRequest: the grammar cannot be compiled, is too complex, or does not allow what `output` has.
-        """
-        matcher = sequence.matcher()
-        mask = sequence.advance(matcher, output)
-        if matcher.is_error():
-            matcher = sequence.restart(self._over_tokens().renewed(sequence.grammar))
-            mask = sequence.advance(matcher, output)
-        if matcher.is_error():
-            raise BadRequest("grammar", why_not(matcher))
-        return self._padded(np.frombuffer(mask, np.uint32))
 
     def _padded(self, words: Words) -> Words:
         """Bits for as many tokens as the logits have."""
@@ -139,25 +162,29 @@ class Constraints:
 class _Constrained:
     """One sequence's matcher, which has taken in the first `_taken` output tokens."""
 
-    def __init__(self, grammar: str, making: Future[LLMatcher]) -> None:
-        self.grammar = grammar
+    def __init__(self, making: Future[LLMatcher]) -> None:
         self._making = making
         self._taken = 0
+        self._renewed: int | None = None  # how many it had taken in when it was made anew last
 
-    def matcher(self) -> LLMatcher:
-        """Waits until it is there. Raises: BadRequest."""
-        return self._making.result()
+    def matcher(self, output: npt.NDArray[np.int32]) -> LLMatcher:
+        """The matcher, which has taken in `output`, or is in an error. Waits until it is compiled.
 
-    def restart(self, matcher: LLMatcher) -> LLMatcher:
+        Raises:
+            BadRequest: it cannot be.
+        """
+        matcher = self._making.result(COMPILE_TIMEOUT_S)
+        gained, self._taken = output[self._taken :].tolist(), len(output)
+        if gained:
+            matcher.consume_tokens(gained)
+        return matcher
+
+    def renews(self) -> bool:
+        """Whether it may be made anew: at most once in so many tokens, since that may take long."""
+        return self._renewed is None or self._taken - self._renewed >= RENEW_TOKENS
+
+    def restart(self, matcher: LLMatcher) -> None:
         """Go on with another one, which is at its start."""
         self._making = Future()
         self._making.set_result(matcher)
-        self._taken = 0
-        return matcher
-
-    def advance(self, matcher: LLMatcher, output: npt.NDArray[np.int32]) -> bytes:
-        """Take in what `output` has gained; the mask after it. Means nothing when the matcher is in an error then."""
-        gained, self._taken = output[self._taken :].tolist(), len(output)
-        if gained and not matcher.consume_tokens(gained):
-            return b""
-        return matcher.compute_bitmask()
+        self._taken, self._renewed = 0, self._taken

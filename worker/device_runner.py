@@ -124,7 +124,7 @@ class DeviceRunner(ModelRunner):
         ending = self._layers.ending(step, computed)
         if ending is None:
             return _Issued(plan, [], None, Mark(self._device), scores)
-        wanted = [self._wanted(row, slot) for row, slot in zip(ending.rows, ending.slots, strict=True)]
+        wanted = self._wanted(ending.rows, ending.slots)
         drawing = self._draws.begin(self._model.logits(ending.hidden), wanted)
         if self._group is not None:
             self._group.share(drawing.tokens)

@@ -26,7 +26,6 @@ from .protocol import (
     ModelInfo,
     Overloaded,
     ReplicaLoad,
-    SamplingParams,
     SequenceOutput,
 )
 from .scheduler import Scheduler
@@ -52,8 +51,8 @@ class Runner(Protocol):
         """`run`. Where the device works beside the host, `following` is asked for the next plan meanwhile, and that one is begun too."""
         return self.run(plan)
 
-    def prepare(self, params: SamplingParams) -> None:
-        """What takes long before sequences of these parameters can be computed: compile their grammar. Called from any thread.
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that sequences to come will have. It may take long, and is called from any thread.
 
         Raises:
             BadRequest: it cannot be compiled.
@@ -145,7 +144,7 @@ class Engine:
         """
         request = self.door.check(request)
         if request.params.grammar:
-            self.runner.prepare(request.params)
+            self.runner.prepare(request.params.grammar)
         return request
 
     def submit(self, request: GenerateRequest) -> GenerateRequest:

@@ -156,6 +156,15 @@ def pack_message(envelope: Envelope) -> bytes:
     return pack(_Sealed(envelope.sender, envelope.migration, _KINDS.index(type(envelope.message)), pack(envelope.message)))
 
 
+def grammars_of(data: bytes) -> set[str]:
+    """The grammars of the sequences that a message offers; none when it offers none, or is no message."""
+    try:
+        message = unpack_message(data).message
+    except BadMessage:
+        return set()
+    return {s.params.grammar for s in message.sequences if s.params.grammar} if isinstance(message, Offer) else set()
+
+
 def unpack_message(data: bytes) -> Envelope:
     """The inverse of `pack_message`.
 

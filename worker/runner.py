@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .constraint import Constraints
+from .constraint import Constraints, Wanted
 from .engine import Runner
 from .kv_store import KVStore
 from .model import DecoderModel
@@ -21,7 +21,7 @@ from .page_mover import PageMover, Place
 from .parallel import GroupBroken, RankGroup
 from .plan import MemoryBytes, Moved, Row, Sampled, StepPlan, StepResult
 from .plan_wire import pack_end, pack_step
-from .protocol import SamplingParams, TokenLogprob
+from .protocol import TokenLogprob
 from .sampler import Sampler, SamplingRow, prompt_logprobs
 from .sequence_table import Int64Array, SequenceTable, Slot
 
@@ -136,9 +136,9 @@ class ModelRunner(_Ranks, Runner):
         self._scores.clear()
         self._constraints.reset()
 
-    def prepare(self, params: SamplingParams) -> None:
-        """Compile the grammar of sequences to come."""
-        self._constraints.prepare(params)
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that sequences to come will have."""
+        self._constraints.prepare(grammar)
 
     def close(self) -> None:
         """No further step comes."""
@@ -176,17 +176,19 @@ class ModelRunner(_Ranks, Runner):
         for new in plan.new:
             self._constraints.learn(new)
 
-    def _wanted(self, row: Row, slot: Slot) -> SamplingRow:
-        tokens = self._table.tokens(slot)
-        allowed = self._constraints.allowed(row.seq, slot.params, tokens[slot.prompt_len :])
-        return SamplingRow(slot.params, slot.seed, slot.num_tokens, slot.prompt_len, tokens, allowed)
+    def _wanted(self, rows: list[Row], slots: list[Slot]) -> list[SamplingRow]:
+        """What the sampler must know of the rows that sample."""
+        tokens = [self._table.tokens(slot) for slot in slots]
+        bound = {i: Wanted(rows[i].seq, s.params, tokens[i][s.prompt_len :]) for i, s in enumerate(slots) if s.params.grammar}
+        allowed = self._constraints.allowed(bound) if bound else {}
+        return [SamplingRow(s.params, s.seed, s.num_tokens, s.prompt_len, tokens[i], allowed.get(i)) for i, s in enumerate(slots)]
 
     def _sample(self, step: Computed) -> dict[int, Sampled]:
         rows, logits = self._last_logits(step)
         if logits is None:
             return {}
         slots = [self._table[row.seq] for row in rows]
-        wanted = [self._wanted(row, slot) for row, slot in zip(rows, slots, strict=True)]
+        wanted = self._wanted(rows, slots)
         results: dict[int, Sampled] = {}
         for row, slot, drawn in zip(rows, slots, self._sampler.sample(logits, wanted), strict=True):
             self._table.append(slot, drawn.token)
@@ -260,9 +262,9 @@ class LeaderRunner(Runner):
         """Where the movers of all ranks are reached."""
         return self._runner.addresses()
 
-    def prepare(self, params: SamplingParams) -> None:
-        """Compile the grammar of sequences to come."""
-        self._runner.prepare(params)
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar that sequences to come will have."""
+        self._runner.prepare(grammar)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step, with all ranks."""

@@ -117,15 +117,19 @@ def outcomes(rows: Sequence[SamplingRow], tokens: Sequence[int], finite: Sequenc
     return [Drawn(token) if error is None else Drawn(0, None, error) for token, error in zip(tokens, errors, strict=True)]
 
 
+# What the logits of eight tokens may be at most, by the byte of their bits.
+_MOST = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf).astype(np.float32)
+
+
 def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """Nothing is left of the tokens that a row's grammar does not allow."""
     for i, row in enumerate(rows):
         if row.allowed is not None:
-            out = np.unpackbits(~row.allowed.words.view(np.uint8), count=logits.shape[1], bitorder="little").view(np.bool_)
+            most = _MOST.take(row.allowed.words.view(np.uint8), axis=0).reshape(-1)[: logits.shape[1]]
             if logits.device.type == "cpu":
-                np.copyto(logits[i].numpy(), -np.inf, where=out)
+                np.minimum(logits[i].numpy(), most, out=logits[i].numpy())
             else:
-                logits[i].masked_fill_(torch.from_numpy(out).to(logits.device), -math.inf)
+                torch.minimum(logits[i], torch.from_numpy(most).to(logits.device), out=logits[i])
 
 
 class _Cells:

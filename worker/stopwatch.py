@@ -80,8 +80,8 @@ class _Noting(Runner):
         self._plan = plan
         return self._runner.run_ahead(plan, following)
 
-    def prepare(self, params: SamplingParams) -> None:
-        self._runner.prepare(params)
+    def prepare(self, grammar: str) -> None:
+        self._runner.prepare(grammar)
 
     def reset(self) -> None:
         self._runner.reset()

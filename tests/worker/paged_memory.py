@@ -16,7 +16,7 @@ from quire.worker.door import Door
 from quire.worker.engine import Engine
 from quire.worker.page_pool import PagePool
 from quire.worker.plan import MemoryBytes, Move, Moved, MoveKind, NewSequence, Sampled, StepPlan, StepResult
-from quire.worker.protocol import ModelInfo, SamplingParams
+from quire.worker.protocol import ModelInfo
 from quire.worker.scheduler import Scheduler
 from quire.worker.snapshot import SequenceSnapshot
 
@@ -100,7 +100,7 @@ class PagedMemory:
             self.issued.append(self.run(after))
         return result
 
-    def prepare(self, params: SamplingParams) -> None:
+    def prepare(self, grammar: str) -> None:
         """The hash model draws what it likes."""
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from paged_memory import expected_output, hash_engine
 
 from quire.worker.actor import ReplicaActor, raise_reply, reply_to
 from quire.worker.config import EngineOptions
+from quire.worker.migration_wire import Committed, Envelope, Format, Offer, Peer, pack_message
 from quire.worker.outbox import Outbox, ReaderGivenUp
 from quire.worker.protocol import (
     BadRequest,
@@ -27,6 +28,7 @@ from quire.worker.protocol import (
     unpack_events,
     unpack_frame,
 )
+from quire.worker.snapshot import SequenceSnapshot
 
 WAIT_S = 120.0
 
@@ -116,6 +118,56 @@ def test_what_the_engine_refuses_is_refused_here() -> None:
         replies = await asyncio.gather(*(actor.submit("i", 3, endless(f"e{k}").to_wire()) for k in range(8)))
         assert {reply[0] for reply in replies} == {"ok", "overloaded"}
         await frames.aclose()
+
+    run(scenario)
+
+
+def test_who_runs_does_not_wait_until_a_grammar_is_compiled() -> None:
+    async def scenario() -> None:
+        engine = hash_engine(pages=64)
+        asked, compiled = threading.Event(), threading.Event()
+
+        def prepare(grammar: str) -> None:
+            asked.set()
+            assert compiled.wait(WAIT_S)
+            if grammar == "wrong":
+                raise BadRequest("grammar", "no text satisfies it")
+
+        engine.runner.prepare = prepare
+        actor = await started(engine)
+        frames = await connected(actor, "i")
+        slow = asyncio.create_task(actor.submit("i", 3, request("slow", grammar="start: /a/").to_wire()))
+        wrong = asyncio.create_task(actor.submit("i", 3, request("wrong", grammar="wrong").to_wire()))
+        await until(asked.is_set)
+        assert (await actor.submit("i", 3, request("huge", grammar="a" * 10**6).to_wire()))[:2] == ("bad_request", "grammar")
+        assert await actor.submit("i", 3, request("b").to_wire()) == ("ok",)
+        assert len(await outputs_of(frames, "b")) == 5
+        assert not slow.done()
+        compiled.set()
+        assert await slow == ("ok",)
+        assert await wrong == ("bad_request", "grammar", "no text satisfies it")
+
+    run(scenario)
+
+
+def test_what_another_replica_offers_is_compiled_before_the_engine_hears_of_it() -> None:
+    async def scenario() -> None:
+        engine = hash_engine(pages=64)
+        actor = await started(engine)
+        happened: list[object] = []
+        assert actor._loop is not None
+        actor._loop.heard = happened.append  # type: ignore[method-assign]
+
+        def prepare(grammar: str) -> None:
+            happened.append(grammar)
+            raise BadRequest("grammar", "too complex")
+
+        engine.runner.prepare = prepare
+        snapshot = SequenceSnapshot("a", 0, 0, 0, (1, 2), 2, SamplingParams(grammar="start: /a/"), 10, 1, None, 0)
+        offer = Offer(Format("m", 4, "f32"), 1, "", "i", "", None, 2, 0, (snapshot,), 0, 0)
+        for message in (offer, Committed()):
+            await actor.migration(pack_message(Envelope(Peer("r1@1", "r1", 1), "r1/1/x", message)))
+        assert [type(one) for one in happened] == [str, bytes, bytes]
 
     run(scenario)
 

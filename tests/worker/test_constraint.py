@@ -15,7 +15,7 @@ from random_schemas import random_schema
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from quire.worker.constraint import Constraints
+from quire.worker.constraint import Allowed, Constraints, Wanted
 from quire.worker.plan import NewSequence
 from quire.worker.protocol import GRAMMAR_FAILED, BadRequest, SamplingParams
 from quire.worker.text.grammar import Grammars, grammar_of
@@ -48,13 +48,16 @@ def constrained(small: Tokenizer) -> Callable[..., set[int] | str]:
     def allowed(grammar: str, output: list[int], **params: object) -> set[int] | str:
         told = SamplingParams(grammar=grammar, **params)  # type: ignore[arg-type]
         constraints.learn(NewSequence(0, (), 0, (), told, 0))
-        found = constraints.allowed(0, told, np.array(output, np.int32))
+        found = allowed_after(constraints, 0, told, output)
         constraints.forget(0)
-        assert found is not None
         assert found.words.shape == (-(-VOCAB // 32),)
         return found.error or tokens_of(found.words)
 
     return allowed
+
+
+def allowed_after(constraints: Constraints, seq: int, params: SamplingParams, output: list[int]) -> Allowed:
+    return constraints.allowed({7: Wanted(seq, params, np.array(output, np.int32))})[7]
 
 
 def tokens_of(words: np.ndarray) -> set[int]:
@@ -121,8 +124,7 @@ def test_more_tokens_than_logits(small) -> None:
     constraints = Constraints(lambda: small, (EOS,), STOP)
     params = SamplingParams(grammar=grammar_of(choice=["zz", "a"]))
     constraints.learn(NewSequence(3, (), 0, (), params, 0))
-    found = constraints.allowed(3, params, np.zeros(0, np.int32))
-    assert found is not None
+    found = allowed_after(constraints, 3, params, [])
     assert tokens_of(found.words) == {*small.encode("a"), small.encode("z")[0]}
 
 
@@ -131,13 +133,32 @@ def test_what_it_does_not_allow_is_the_grammars_fault(constrained, small) -> Non
         assert str(constrained(grammar_of(choice=["a"]), output)).startswith(GRAMMAR_FAILED)
 
 
-def test_a_sequence_without_a_grammar_has_no_mask(small) -> None:
+def test_nothing_is_read_for_a_sequence_without_a_grammar() -> None:
     def load() -> Tokenizer:
         raise AssertionError("nobody asked for a grammar")
 
     constraints = Constraints(load, (EOS,), VOCAB)
     constraints.learn(NewSequence(0, (), 0, (), SamplingParams(), 0))
-    assert constraints.allowed(0, SamplingParams(), np.zeros(0, np.int32)) is None
+    assert constraints.allowed({}) == {}
+
+
+def test_several_at_once_each_by_its_own(small, constrained) -> None:
+    """One that is refused, one in an error and two of one grammar among them."""
+    constraints = Constraints(lambda: small, (EOS,), VOCAB)
+    grammars = ["start: (", grammar_of(regex="[ab]+"), grammar_of(choice=["ca", "cb"]), grammar_of(regex="[ab]+"), grammar_of(regex="b")]
+    outputs = [[], small.encode("ab"), small.encode("c"), [], small.encode("a")]
+    for seq, grammar in enumerate(grammars):
+        constraints.learn(NewSequence(seq, (), 0, (), SamplingParams(grammar=grammar), 0))
+    wanted = {
+        10 * seq: Wanted(seq, SamplingParams(grammar=grammar), np.array(output, np.int32))
+        for seq, (grammar, output) in enumerate(zip(grammars, outputs, strict=True))
+    }
+    found = constraints.allowed(wanted)
+    assert found.keys() == wanted.keys()
+    for seq in (1, 2, 3):
+        assert tokens_of(found[10 * seq].words) == constrained(grammars[seq], outputs[seq])
+    for seq in (0, 4):
+        assert (found[10 * seq].error or "").startswith(GRAMMAR_FAILED)
 
 
 def test_preparing_refuses_and_a_failed_reading_is_tried_again(small) -> None:
@@ -150,12 +171,11 @@ def test_preparing_refuses_and_a_failed_reading_is_tried_again(small) -> None:
         return one
 
     constraints = Constraints(load, (EOS,), VOCAB)
-    params = SamplingParams(grammar=grammar_of(regex="a"))
     with pytest.raises(OSError, match="not there"):
-        constraints.prepare(params)
-    constraints.prepare(params)
+        constraints.prepare(grammar_of(regex="a"))
+    constraints.prepare(grammar_of(regex="a"))
     with pytest.raises(BadRequest, match="grammar"):
-        constraints.prepare(SamplingParams(grammar="start: ("))
+        constraints.prepare("start: (")
 
 
 def test_sentencepiece_puts_no_space_into_what_is_forced() -> None:
@@ -182,8 +202,7 @@ def walked(constraints: Constraints, params: SamplingParams, eos: int, draw: ran
     constraints.learn(NewSequence(0, (), 0, (), params, 0))
     output: list[int] = []
     while output[-1:] != [eos]:
-        found = constraints.allowed(0, params, np.array(output, np.int32))
-        assert found is not None
+        found = allowed_after(constraints, 0, params, output)
         assert found.error is None
         output.append(draw.choice(sorted(tokens_of(found.words))))
     return output
@@ -210,12 +229,9 @@ def test_a_matcher_made_anew_allows_what_the_first_one_does(grammars, seed: int)
     constraints.learn(NewSequence(0, (), 0, (), params, 0))
     output: list[int] = []
     while output[-1:] != [2]:
-        taken = np.array(output, np.int32)
-        going_on = constraints.allowed(0, params, taken)
+        going_on = allowed_after(constraints, 0, params, output)
         constraints.learn(NewSequence(1, (), 0, (), params, 0))
-        anew = constraints.allowed(1, params, taken)
-        assert going_on is not None
-        assert anew is not None
+        anew = allowed_after(constraints, 1, params, output)
         assert going_on.error is None
         assert np.array_equal(anew.words, going_on.words)
         output.append(draw.choice(sorted(tokens_of(going_on.words))))
@@ -235,7 +251,6 @@ def test_who_comes_to_a_limit_together_goes_on_alone(grammars, monkeypatch: pyte
     text = tokenizer.encode('"' + "one and two and three, " * 60)
     constraints.learn(NewSequence(0, (), 0, (), params, 0))
     for length in range(0, len(text), 4):
-        found = constraints.allowed(0, params, np.array(text[:length], np.int32))
-        assert found is not None
+        found = allowed_after(constraints, 0, params, text[:length])
         assert found.error is None, length
         assert length == 0 or text[length] in tokens_of(found.words)

@@ -15,6 +15,7 @@ from quire.worker.migration_wire import (
     Pages,
     Peer,
     Ready,
+    grammars_of,
     pack_message,
     unpack_message,
 )
@@ -40,6 +41,16 @@ def test_what_is_read_is_what_was_written(message):
     envelope = Envelope(Peer("r0@3", "r0", 3), "r0/3/abc", message)
     assert unpack_message(pack_message(envelope)) == envelope
     assert type(unpack_message(pack_message(envelope)).message) is type(message)
+
+
+def test_the_grammars_that_an_offer_brings():
+    def packed(message):
+        return pack_message(Envelope(Peer("r0@3", "r0", 3), "r0/3/abc", message))
+
+    asks = [SNAPSHOT._replace(choice=i, params=SamplingParams(grammar=grammar)) for i, grammar in enumerate(["a", "", "b", "a"])]
+    assert grammars_of(packed(MESSAGES[0]._replace(sequences=tuple(asks)))) == {"a", "b"}
+    assert [grammars_of(packed(message)) for message in MESSAGES] == [set()] * len(MESSAGES)
+    assert grammars_of(b"\xc1") == set()
 
 
 def test_a_snapshot_survives_a_file():

@@ -222,7 +222,7 @@ def test_a_lost_request_goes_on_under_the_same_grammar_elsewhere(model: Path) ->
 def test_what_moves_between_replicas_goes_on_under_the_same_grammar(model: Path, tokenizer: Tokenizer) -> None:
     request = GenerateRequest("r", ((5, 6, 7),), SamplingParams(n=2, max_tokens=120, seed=6, grammar=grammar_of(json_schema=COMPACT)))
     whole = outputs_of(engine(model), request)
-    with cluster(model, {"A": 1, "B": 1}) as replicas:
+    with cluster(model, {"A": 1, "B": 2}) as replicas:
         found, outcomes = replicas.run(request, "AB")
     assert outcomes.count(Outcome.MOVED) >= 2
     for choice, outputs in enumerate(found):

@@ -12,21 +12,28 @@ their length.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..protocol import BadRequest
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 BLANKS = r"[\x20\x0A\x0D\x09]{1,40}"  # between two tokens of JSON; without a bound a weak model may write blanks for ever
 COMPILED = 16  # grammars that are kept
 TRIED_TOKENS = 3
 LEADS = ("", "\x02")
+MOST_GBNF = 4096  # characters
+MOST_THREADS = 16  # that compute masks
 MOST_TOLD = 200  # characters of llguidance's own words
 
 
@@ -45,7 +52,7 @@ def grammar_of(
         json_object: it is any JSON object.
         regex: it matches this regular expression, whole (Rust's syntax, without look-around).
         choice: it is one of these.
-        lark: it follows this grammar, in llguidance's variant of Lark's notation.
+        lark: it follows this grammar, in llguidance's variant of Lark's notation, or in llama.cpp's (GBNF, `root ::= ...`).
 
     Raises:
         BadRequest: none or several are given, it has not even the form of one, or llguidance is not installed; the field is the
@@ -72,11 +79,26 @@ def _made(kind: str, value: Any) -> str:
         return _lark("start: " + " | ".join(map(json.dumps, dict.fromkeys(value))))
     if not isinstance(value, str) or not value.strip():
         raise BadRequest(kind, "must be a text, and not empty")
-    return _lark(value) if kind == "lark" else _matcher_class().grammar_from_regex(value)
+    if kind == "regex":
+        return _matcher_class().grammar_from_regex(value)
+    return _from_gbnf(value) if "::=" in value else _lark(value)
 
 
 def _lark(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
+
+
+def _from_gbnf(gbnf: str) -> str:
+    """llama.cpp's notation. llguidance translates it in a time that grows with the square of its lines."""
+    _matcher_class()
+    from llguidance import grammar_from
+
+    if len(gbnf) > MOST_GBNF:
+        raise BadRequest("lark", f"has {len(gbnf)} characters; at most {MOST_GBNF} are allowed with ::=, so write it in Lark's notation")
+    try:
+        return grammar_from("gbnf", gbnf)
+    except ValueError as error:
+        raise BadRequest("lark", _told(str(error))) from None
 
 
 def _json(kind: str, schema: Any) -> str:
@@ -136,15 +158,27 @@ class Grammars:
                 if grammar in self._compiled:
                     return self._compiled[grammar].deep_copy()
 
-    def renewed(self, grammar: str) -> LLMatcher:
-        """`matcher`, sharing nothing with the earlier ones: for where these have come to a limit together.
-
-        Raises:
-            BadRequest: as `check`.
-        """
+    def renew(self, grammars: Iterable[str]) -> None:
+        """Matchers of these share nothing from now on with the earlier ones, which have come to a limit together."""
         with self._lock:
-            self._compiled.pop(grammar, None)
-        return self.matcher(grammar)
+            for grammar in grammars:
+                self._compiled.pop(grammar, None)
+
+    def masks(self, matchers: list[LLMatcher]) -> npt.NDArray[np.uint32]:
+        """What each allows next: bit `t % 32` of word `t // 32` is token t's, uint32 [matchers, words]. On several cores.
+
+        The row of one that is in an error means nothing. Called by one thread.
+        """
+        words = np.zeros((len(matchers), -(-self._vocabulary.vocab_size // 32)), np.uint32)
+        rows = [(matcher, row) for row, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.shape[1] * words.itemsize, len(matchers))
+        return words
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor
+
+        return LLExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = _matcher_class()(self._vocabulary, grammar, log_level=0, limits=_limits())
@@ -172,7 +206,7 @@ def why_not(matcher: LLMatcher) -> str:
 
 
 def _told(error: str) -> str:
-    text = " ".join(error.replace("<non-verbose/>", "").split())
+    text = " ".join(error.partition("<backtrace>")[0].replace("<non-verbose/>", "").split())
     return text if len(text) <= MOST_TOLD else text[:MOST_TOLD] + "..."
 
 

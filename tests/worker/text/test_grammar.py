@@ -55,6 +55,7 @@ PERSON = {
             ["ye", ""],
         ),
         ({"lark": 'start: greeting ", " name\ngreeting: "Hello" | "Hi"\nname: /[A-Z][a-z]+/'}, ["Hi, Ann"], ["Hi, ann", "Ann"]),
+        ({"lark": 'root ::= "a" digits\ndigits ::= [0-9]+ | "none"'}, ["a12", "anone"], ["a", "12"]),
         ({"lark": 'start: "n" %json {"type": "integer"}'}, ["n12"], ["n"]),
     ],
     ids=lambda value: str(value)[:30],
@@ -140,7 +141,10 @@ REFUSED = [
     {"json_schema": {"type": "integer", "multipleOf": 10**9 + 7}},
     {"json_schema": {"allOf": [{"anyOf": [{"properties": {f"p{i}_{k}": {}}} for k in range(4)]} for i in range(12)]}},
     {"lark": "start: bar"},
-    {"lark": 'root ::= "a"'},
+    {"lark": 'root ::= "a" b'},
+    {"lark": 'root ::= "a'},
+    {"lark": "root ::= " + "(" * 3000},
+    {"lark": 'root ::= "a"' + "\n" * 50_000},
     {"lark": "start: a\na: start"},
     {"lark": "start: " + "(" * 20_000 + '"a"' + ")" * 20_000},
 ]
@@ -195,7 +199,8 @@ def test_grammars_are_kept_and_the_oldest_let_go(smollm2: Tokenizer) -> None:
     for grammar in [*made[:COMPILED], made[0], made[COMPILED], made[0], made[1]]:
         grammars.matcher(grammar)
     assert compiled == [*made, made[1]]
-    grammars.renewed(made[1])
+    grammars.renew([made[1]])
+    grammars.matcher(made[1])
     assert compiled[-1] == made[1]
     assert len(compiled) == COMPILED + 3
 
