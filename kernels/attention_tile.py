@@ -2,11 +2,12 @@
 
 A program holds M query rows (queries times the query heads of one KV head) and walks over tiles of N keys:
 
-    s = q k^T * scale                  (soft cap c: s = c * tanh(s / c)), hidden keys to -inf
-    m' = max(m, max_n s)               l' = l * 2^(m - m') + sum_n 2^(s - m')
-    acc' = acc * 2^(m - m') + 2^(s - m') v                                     out = acc / l
+    s = q k^T, hidden keys to -inf     u = scale               (soft cap c: s = tanh(q k^T * scale / c), u = c)
+    m' = max(m, max_n s u)             l' = l * 2^(m - m') + sum_n 2^(s u - m')
+    acc' = acc * 2^(m - m') + 2^(s u - m') v                                   out = acc / l
 
-in base 2: `scale` and the cap carry log2(e). m starts at a finite -1e30, so that a row that has seen no key yet stays without NaN.
+in base 2: u, which is positive, carries log2(e). m starts at a finite -1e30, so that a row that has seen no key yet stays without NaN.
+s u - m' is rounded once, and says so: a compiler would do that in a loop without masks, and not where a mask stands between.
 Sums are float32. 16-bit queries meet keys in their own type; fp8 pages are widened to float16, which holds every e4m3 value.
 """
 
@@ -89,23 +90,30 @@ def slots_of(table, key, there, stride_page, stride_slot, PAGE: tl.constexpr):
 
 
 @triton.jit
+def unit_of(scale, soft_cap, HAS_CAP: tl.constexpr):
+    """What `scores_of` are multiples of, in base 2."""
+    if HAS_CAP:
+        unit = soft_cap * LOG2_E
+    else:
+        unit = scale * LOG2_E
+    return unit
+
+
+@triton.jit
 def scores_of(q, k, scale, soft_cap, HAS_CAP: tl.constexpr):
-    """[M, N] scores in base 2 of queries [M, D] and keys [N, D]."""
+    """[M, N] scores, in units of `unit_of`, of queries [M, D] and keys [N, D]."""
     s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if HAS_CAP:
         # tanh(x) = 1 - 2 / (e^2x + 1): right at both ends, where e^2x is 0 or infinite.
-        x = s * (scale / soft_cap)
-        s = (soft_cap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0))
-    else:
-        s = s * (scale * LOG2_E)
+        s = 1.0 - 2.0 / (tl.exp2(s * (scale / soft_cap * (2.0 * LOG2_E))) + 1.0)
     return s
 
 
 @triton.jit
-def absorb(acc, row_max, row_sum, s, v):
-    """One tile of scores [M, N] and values [N, D] into the running softmax."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    p = tl.exp2(s - new_max[:, None])
+def absorb(acc, row_max, row_sum, s, unit, v):
+    """One tile of scores [M, N], in units of `unit`, and values [N, D] into the running softmax."""
+    new_max = tl.maximum(row_max, tl.max(s, 1) * unit)
+    p = tl.exp2(tl.fma(s, unit, -new_max[:, None]))
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import LOG2_E, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, widened
+from .attention_tile import LOG2_E, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, unit_of, widened
 from .launch import Chip, Shape, bucket_of, chip, dtype_name, itemsize, launch_of
 
 TILE_BYTES = 16 * 1024
@@ -96,6 +96,7 @@ def _decode_kernel(
     v_base = k_base + stride_kv
     table = tables + row.to(tl.int64) * stride_table
     lowest = kv_len - window
+    unit = unit_of(scale, soft_cap, HAS_CAP)
     row_max = tl.full((BLOCK_M,), NO_KEY, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -111,7 +112,7 @@ def _decode_kernel(
         v = widened(tl.load(v_base + at, mask=loaded, other=0.0), queries)
         s = scores_of(queries, k, scale, soft_cap, HAS_CAP)
         s = tl.where(there[None, :], s, float("-inf"))
-        acc, row_max, row_sum = absorb(acc, row_max, row_sum, s, v)
+        acc, row_max, row_sum = absorb(acc, row_max, row_sum, s, unit, v)
     result, row_lse = finished(acc, row_max, row_sum)
 
     at_lse = query.to(tl.int64) * (kv_heads * GROUP) + head

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import EVERYTHING, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, widened
+from .attention_tile import EVERYTHING, NO_KEY, Scores, absorb, check_pages, finished, readable, scores_of, slots_of, unit_of, widened
 from .launch import Chip, Shape, bucket_of, chip, dtype_name, itemsize, launch_of
 from .layout import AttentionBatch
 
@@ -45,6 +45,7 @@ def _walk(
 ):  # fmt: skip
     """Keys [max(begin, lowest), end) into the running softmax. Without MASKED all of them are seen by every query."""
     d = tl.arange(0, BLOCK_D)
+    unit = unit_of(scale, soft_cap, HAS_CAP)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         there = key < end
@@ -72,7 +73,7 @@ def _walk(
             if HAS_WINDOW:
                 seen &= key[None, :] > position[:, None] - window
             s = tl.where(seen, s, float("-inf"))
-        acc, row_max, row_sum = absorb(acc, row_max, row_sum, s, v)
+        acc, row_max, row_sum = absorb(acc, row_max, row_sum, s, unit, v)
     return acc, row_max, row_sum
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,21 @@ from quire.kernels.cross_compile import compiled
 cases = [(Attention("paged_decode", 64), 90), (Attention("paged_prefill", 64), 90), (Attention("paged_decode", 64, slot_gap=1), 90)]
 rows = [(one.kernel, one.arch, one.registers, wrong) for of, arch in cases for one, wrong in compiled(of.case(), arch)]
 json.dump(rows, sys.stdout)
+"""
+
+FIXED = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from dataclasses import asdict
+import torch
+from quire.kernels.compile_cases import Attention
+from quire.kernels.cross_compile import compiling
+from quire.kernels.triton_ops import fixed_attention
+params = tuple(asdict(fixed_attention(4)).items())
+for dtype, soft_cap in ((torch.bfloat16, None), (torch.bfloat16, 30.0), (torch.float32, None)):
+    with compiling(90) as found:
+        Attention("paged_prefill", 64, dtype, dtype, soft_cap=soft_cap, params=params).launch()
+    print(json.dumps(found[0][1].asm["ptx"]))
 """
 
 
@@ -106,3 +122,28 @@ def test_machine_code_and_what_a_misaligned_stride_does_to_it(root: Path, tmp_pa
     assert [row[:2] for row in aligned] == [["_decode_kernel", 90], ["_prefill_kernel", 90]]
     assert all(wrong == [] for *_, wrong in aligned)
     assert "no asynchronous 16-byte copies" in misaligned[3]
+
+
+@pytest.mark.slow
+def test_exponents_are_made_by_the_same_instructions_with_masks_and_without(root: Path, tmp_path: Path) -> None:
+    """One walk rounds a product before it subtracts, and the other does not, if the compiler has its way: then a token's bits depend on the
+    tile that it is in."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIXED],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=True,
+    )
+    for ptx in map(json.loads, done.stdout.splitlines()):
+        makes: dict[str, str] = {}
+        exponents = []
+        for name, result, first in re.findall(r"^\s*([\w.]+)\s+(%\w+), (%\w+)", ptx, re.MULTILINE):
+            if name.startswith("ex2."):
+                exponents.append(makes[first])
+            makes[result] = name
+        half = len(exponents) // 2
+        assert exponents[:half] == exponents[half:]
+        assert "fma.rn.f32" in exponents
