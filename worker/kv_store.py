@@ -213,6 +213,7 @@ def _pinned(size: int) -> npt.NDArray[np.uint8]:
     code = int(cudart.cudaHostRegister(at, size, 0))
     if code:
         raise RuntimeError(f"host_memory: {size} bytes of host memory cannot be locked for the GPU (CUDA error {code})")
-    # Whatever is mapped there next could not be locked otherwise. At the end of the process there may be no CUDA any more.
-    weakref.finalize(mapped, cudart.cudaHostUnregister, at).atexit = False
+    # Whatever is mapped there next could not be locked otherwise. The array goes before the mapping does. At the end of the process there
+    # may be no CUDA any more.
+    weakref.finalize(memory, cudart.cudaHostUnregister, at).atexit = False
     return memory

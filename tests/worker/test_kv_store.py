@@ -1,5 +1,7 @@
 """The page-major pool: one page is one contiguous span, and copies do what they say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,6 +85,7 @@ class Locks:
     def __init__(self, error: int = 0) -> None:
         self.error = error
         self.locked: dict[int, int] = {}
+        self.unlocked: list[bool] = []  # whether the memory was still there
 
     def cudaHostRegister(self, at: int, size: int, flags: int) -> int:  # noqa: N802
         self.locked[at] = size
@@ -90,6 +93,9 @@ class Locks:
 
     def cudaHostUnregister(self, at: int) -> None:  # noqa: N802
         del self.locked[at]
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        self.unlocked.append(any(begin <= at < end for begin, end in ranges))
 
 
 def test_pinned_memory_is_locked_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +110,7 @@ def test_pinned_memory_is_locked_as_long_as_it_lives(monkeypatch: pytest.MonkeyP
     assert locks.locked, "a view holds it"
     del view
     assert not locks.locked
+    assert locks.unlocked == [True]
 
 
 def test_memory_that_may_not_be_locked_is_an_error_that_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
