@@ -33,7 +33,8 @@ def cascade_decode(q: Tensor, pages: Tensor, block_tables: Tensor, kv_lens: Tens
     rest = (kv_lens - prefix_keys).clamp_(min=0)
     prefix_len = torch.full((1,), prefix_keys, dtype=torch.int32, device=q.device)
     shared, own = torch.empty(2, *q.shape, dtype=torch.float32, device=q.device)
-    shared_lse, own_lse = torch.empty(2, *q.shape[:2], dtype=torch.float32, device=q.device)
+    # Not halves of one tensor: kernels are compiled for pointers that are multiples of 16, and the second half may begin anywhere.
+    shared_lse, own_lse = (torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2))
     prefix_decode(q, pages, block_tables[0, :prefix_pages], prefix_len, scores, shared, shared_lse)
     paged_decode(q, pages, block_tables[:, prefix_pages:], rest, scores, own, own_lse)
     merge_states(shared, shared_lse, own, own_lse, out)

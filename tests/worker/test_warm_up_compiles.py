@@ -71,7 +71,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[Any, ...], 
 
 @pytest.fixture(params=[{}, {"deterministic": True}, {"kv_dtype": "fp8"}], ids=str)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 512, "hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1}
+    sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 512, "hidden_size": 96, "head_dim": 16, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 6  # so that some numbers for each head of an odd batch end between multiples of 16 bytes
     random_model(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     monkeypatch.setattr(backend, "linear_factory", lambda *of: PlainLinear)
     monkeypatch.setattr(build, "_works_ahead", lambda rank, device: True)
