@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layout import AttentionBatch
-from .cuda_graphs import Capture, DecodeGraphs
+from .cuda_graphs import Capture, DecodeGraphs, buckets_up_to
 from .kv_store import KVStore
 from .model import DecoderModel
 from .plan import NewSequence, Row, StepPlan
@@ -141,7 +141,7 @@ class DeviceLayers:
         longest = min(max_batch_tokens - 1, self._max_len - 1, num_pages * page_size)
         several = self._max_running > 1
         steps = [[1, count] for count in sorted({min(WARM_CHUNK, longest), longest}) if count > 1 and several]
-        steps += [[1] * bucket for bucket in (self.graphs.buckets if self.graphs else (1, self._max_running))]
+        steps += [[1] * bucket for bucket in buckets_up_to(self._max_running)]  # kernels are compiled for numbers of rows, too
         plans = [warm_plan(counts, num_pages, page_size) for counts in steps]
         if num_pages > 1:
             plans[0] = plans[0]._replace(copies=((0, 1),))

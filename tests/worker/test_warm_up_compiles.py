@@ -69,7 +69,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[Any, ...], 
     return seen
 
 
-@pytest.fixture(params=[{}, {"deterministic": True}, {"kv_dtype": "fp8"}], ids=str)
+@pytest.fixture(params=[{}, {"deterministic": True}, {"kv_dtype": "fp8"}, {"cuda_graphs": False}], ids=str)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 512, "hidden_size": 96, "head_dim": 16, "num_hidden_layers": 1}
     sizes["num_attention_heads"] = 6  # so that some numbers for each head of an odd batch end between multiples of 16 bytes
