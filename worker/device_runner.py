@@ -80,6 +80,7 @@ class DeviceRunner(ModelRunner):
 
     def reset(self) -> None:
         """Forget every sequence, whatever a `run` that raised has left half done."""
+        Mark(self._device).wait()  # a step that is under way reads what its inputs were staged in
         super().reset()
         self._ahead = None
 
