@@ -23,6 +23,8 @@ def shared_pages(tables: npt.NDArray[np.int32], kv_lens: npt.NDArray[np.int64], 
     if len(tables) < 2:
         return 0
     whole = int(kv_lens.min()) // page_size
+    if not whole or (tables[:, 0] != tables[0, 0]).any():  # as in most steps: the rest need not be read
+        return 0
     alike = (tables[:, :whole] == tables[0, :whole]).all(axis=0)
     return whole if alike.all() else int(alike.argmin())
 
