@@ -182,13 +182,14 @@ def attention_states(
     group = q.shape[1] // kv_heads
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64, device=q.device)
+    held = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages  # torch does not gather fp8 on a GPU
     token = 0
     for row, count in enumerate(batch.row_lens):
         for end in range(batch.kv_lens_list[row] - count + 1, batch.kv_lens_list[row] + 1):
             seen = torch.arange(0 if sliding_window is None else max(0, end - sliding_window), end, device=q.device)
             if len(seen):
                 page = batch.block_tables[row, seen // page_size].long()
-                k, v = pages[page, :, :, seen % page_size].double().repeat_interleave(group, dim=1).unbind(2)  # [N, Hq, D]
+                k, v = held[page, :, :, seen % page_size].view(pages.dtype).double().repeat_interleave(group, dim=1).unbind(2)  # [N, Hq, D]
                 scores = torch.einsum("hd,nhd->hn", q[token].double(), k) * scale
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)
