@@ -225,6 +225,7 @@ def _num_pages(options: EngineOptions, page_bytes: int, device: torch.device, mo
     if cache.kv_memory is not None:
         pool_bytes = cache.kv_memory // ranks
     elif device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took, or an engine that is gone, is free too
         pool_bytes = int(torch.cuda.mem_get_info(device)[0] * GPU_POOL_SHARE)
     else:
         pool_bytes = min(int(free_bytes() * CPU_POOL_SHARE), CPU_POOL_BYTES) // ranks

@@ -37,6 +37,13 @@ def test_a_host_pool_without_a_page_is_refused() -> None:
         host_pages(1999, "cpu", tp=2)
 
 
+def test_a_gpu_s_pool_is_a_share_of_what_is_free_once_torch_keeps_nothing_back(monkeypatch) -> None:
+    free = [2_000]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(40_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 100_000))
+    assert build._num_pages(EngineOptions(), PAGE_BYTES, torch.device("cuda"), 1000) == 34
+
+
 @pytest.mark.parametrize(("told", "graphs"), [({}, True), ({"cuda_graphs": False}, False), ({"deterministic": True}, False)])
 def test_graphs_are_made_unless_they_are_turned_off_or_change_tokens(told, graphs, monkeypatch) -> None:
     monkeypatch.setattr(build, "CudaCapture", object)  # which needs a GPU
