@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +47,18 @@ def test_a_gpu_s_pool_is_a_share_of_what_is_free_once_torch_keeps_nothing_back(m
     assert build._num_pages(EngineOptions(), PAGE_BYTES, torch.device("cuda"), 1000) == 34
 
 
-@pytest.mark.parametrize(("told", "graphs"), [({}, True), ({"cuda_graphs": False}, False), ({"deterministic": True}, False)])
-def test_graphs_are_made_unless_they_are_turned_off_or_change_tokens(told, graphs, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("told", "windows", "graphs", "shares"),
+    [
+        ({}, (None, None), True, True),
+        ({}, (16, None), True, True),
+        ({}, (16, 16), True, False),
+        ({"cuda_graphs": False}, (None,), False, True),
+        ({"deterministic": True}, (None,), True, False),  # a prefix that is read apart would change the bits
+    ],
+)
+def test_graphs_are_made_and_prefixes_shared_unless_that_is_turned_off_or_changes_tokens(told, windows, graphs, shares, monkeypatch) -> None:
     monkeypatch.setattr(build, "CudaCapture", object)  # which needs a GPU
-    assert (build._capture(EngineOptions(model=ModelOptions(**told))) is not None) == graphs
+    rank: Any = SimpleNamespace(config=SimpleNamespace(sliding_windows=windows))
+    how = build._decoding(rank, EngineOptions(model=ModelOptions(**told)))
+    assert (how.capture is not None, how.share_prefixes) == (graphs, shares)
