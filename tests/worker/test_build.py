@@ -57,7 +57,7 @@ def test_a_gpu_s_pool_is_a_share_of_what_is_free_once_torch_keeps_nothing_back(m
         ({"deterministic": True}, (None,), True, False),  # a prefix that is read apart would change the bits
     ],
 )
-def test_graphs_are_made_and_prefixes_shared_unless_that_is_turned_off_or_changes_tokens(told, windows, graphs, shares, monkeypatch) -> None:
+def test_graphs_are_made_and_prefixes_shared_unless_it_is_turned_off_or_changes_tokens(told, windows, graphs, shares, monkeypatch) -> None:
     monkeypatch.setattr(build, "CudaCapture", object)  # which needs a GPU
     rank: Any = SimpleNamespace(config=SimpleNamespace(sliding_windows=windows))
     how = build._decoding(rank, EngineOptions(model=ModelOptions(**told)))
