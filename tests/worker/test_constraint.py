@@ -15,6 +15,7 @@ from random_schemas import random_schema
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from quire.worker import constraint
 from quire.worker.constraint import Allowed, Constraints, Wanted
 from quire.worker.plan import NewSequence
 from quire.worker.protocol import GRAMMAR_FAILED, BadRequest, SamplingParams
@@ -244,13 +245,16 @@ def test_who_comes_to_a_limit_together_goes_on_alone(grammars, monkeypatch: pyte
 
     import quire.worker.text.grammar as module
 
+    monkeypatch.setattr(constraint, "RENEW_TOKENS", 64)
     monkeypatch.setattr(module, "_limits", lambda: llguidance.LLParserLimits(max_lexer_states=3000, verbose_errors=False))
     tokenizer, _ = grammars
     constraints = Constraints(lambda: tokenizer, (2,), tokenizer.vocab_size)
     params = SamplingParams(grammar=grammar_of(json_schema={"type": "string", "maxLength": 5000}))
     text = tokenizer.encode('"' + "one and two and three, " * 60)
     constraints.learn(NewSequence(0, (), 0, (), params, 0))
-    for length in range(0, len(text), 4):
+    for length in range(len(text)):
         found = allowed_after(constraints, 0, params, text[:length])
         assert found.error is None, length
-        assert length == 0 or text[length] in tokens_of(found.words)
+        assert text[length] in tokens_of(found.words)
+    once = Grammars(tokenizer, [2]).matcher(params.grammar)  # which never is made anew
+    assert not all(once.consume_token(token) and once.compute_bitmask() and not once.is_error() for token in text)
