@@ -1,26 +1,35 @@
-"""What following a grammar costs a decode step: SmolLM2 on this CPU, so many streams, without grammars and with one for each.
+"""What following a grammar costs a step: computing the masks, and applying them on the CPU. SmolLM2's 49,152 tokens, no model.
 
-    python benchmarks/structured_outputs.py [--streams 1,8,32] [--steps 60]
+    python benchmarks/structured_outputs.py [--streams 1,8,32,256]
 
-Steps are timed whole, and in them the masks (llguidance: taking in the last token, computing which may follow) and their application to
-the logits. Each stream has a schema of its own and writes a long array of objects; a second round has them all at once, compiled already.
+Each stream has a schema of its own and writes a list of people that follows it, token by token. Milliseconds of a step for all streams
+together: CPU time of all threads, which a busy machine does not change much, and wall time.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
-from quire import LLM, SamplingParams, grammar_of
+import numpy as np
+import torch
+
+from quire import SamplingParams, grammar_of
 from quire.worker import sampler
-from quire.worker.constraint import Constraints
+from quire.worker.constraint import Constraints, Wanted
+from quire.worker.plan import NewSequence
+from quire.worker.text.source import resolve_model
+from quire.worker.text.tokenizer import load_tokenizer
+
+PEOPLE = 6
 
 
 def schema(stream: int) -> dict[str, Any]:
-    """An array that no answer comes to the end of."""
+    """A list of people."""
     person = {
         "type": "object",
         "properties": {
@@ -32,70 +41,62 @@ def schema(stream: int) -> dict[str, Any]:
         "required": ["name", "age", "role", "address"],
         "additionalProperties": False,
     }
-    return {"type": "array", "items": person, "minItems": 1000}
+    return {"type": "array", "items": person}
 
 
-class Clock:
-    """Milliseconds that calls of a function take, summed up until they are taken."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self.ms = 0.0
-        timed: Callable[..., Any] = getattr(owner, name)
-
-        def call(*args: Any) -> Any:
-            began_s = time.perf_counter()
-            try:
-                return timed(*args)
-            finally:
-                self.ms += (time.perf_counter() - began_s) * 1000
-
-        setattr(owner, name, call)
-
-    def take(self) -> float:
-        ms, self.ms = self.ms, 0.0
-        return ms
+def people(stream: int) -> str:
+    """What the stream writes."""
+    draw = random.Random(stream)
+    return json.dumps(
+        [
+            {
+                "name": draw.choice(["Ann Smith", "Robert Miller", "Jo", "Maria del Mar", "Wei Chen"]),
+                "age": draw.randint(1, 99),
+                "role": draw.choice(["doctor", "teacher", "smith", f"number {stream}"]),
+                "address": {"street": draw.choice(["12 High Street", "4 Rue de la Paix", "Hauptstr. 9"]), "city": "Paris"},
+            }
+            for _ in range(PEOPLE)
+        ]
+    )
 
 
-def decode_steps(llm: LLM, params: list[SamplingParams], clocks: list[Clock]) -> list[tuple[float, ...]]:
-    """(the whole, each clock) of every step in which all streams decode, in milliseconds."""
-    found: list[tuple[float, ...]] = []
-    step = llm.engine.step
+def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """(CPU ms, wall ms, result)."""
+    cpu_s, wall_s = time.process_time(), time.perf_counter()
+    result = work()
+    return (time.process_time() - cpu_s) * 1000, (time.perf_counter() - wall_s) * 1000, result
 
-    def timed() -> Any:
-        began_s = time.perf_counter()
-        outputs = step()
-        whole_ms = (time.perf_counter() - began_s) * 1000
-        parts = [clock.take() for clock in clocks]
-        if len(outputs) == len(params):
-            found.append((whole_ms, *parts))
-        return outputs
 
-    llm.engine.step = timed  # type: ignore[method-assign]
-    llm.generate([f"A list of people in town number {i} as JSON: " for i in range(len(params))], params)
-    llm.engine.step = step  # type: ignore[method-assign]
-    return found[2:]  # the first ones have prefills behind them
+def measure(streams: int) -> None:
+    """Print the row of so many streams."""
+    tokenizer = load_tokenizer(resolve_model("smollm2"))
+    constraints = Constraints(lambda: tokenizer, (2,), tokenizer.vocab_size)
+    params = [SamplingParams(grammar=grammar_of(json_schema=schema(stream))) for stream in range(streams)]
+    texts = [np.array(tokenizer.encode(people(stream)), np.int32) for stream in range(streams)]
+    masks, applied = [], []
+    logits = torch.randn(streams, tokenizer.vocab_size)
+    for stream, one in enumerate(params):
+        constraints.learn(NewSequence(stream, (), 0, (), one, 0))
+    for length in range(min(map(len, texts))):
+        wanted = {stream: Wanted(stream, one, texts[stream][:length]) for stream, one in enumerate(params)}
+        cpu_ms, wall_ms, allowed = timed(lambda wanted=wanted: constraints.allowed(wanted))
+        masks.append((cpu_ms, wall_ms))
+        tokens = [sampler.SamplingRow(one, 0, length, 0, texts[stream][:length], allowed[stream]) for stream, one in enumerate(params)]
+        applied.append(timed(lambda tokens=tokens: sampler._mask(logits, tokens))[:2])
+    constraints.close()
+    (cpu_ms, wall_ms), (apply_cpu_ms, _) = np.median(masks, axis=0), np.median(applied, axis=0)
+    slow_ms = np.quantile([cpu_ms for cpu_ms, _ in masks], 0.99)
+    print(f"| {streams} | {cpu_ms:.2f} | {slow_ms:.2f} | {wall_ms:.2f} | {apply_cpu_ms:.2f} |")
 
 
 def main() -> None:
     """Print a row for each number of streams."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", default="1,8,32")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--streams", default="1,8,32,256")
     args = parser.parse_args()
-    llm = LLM("smollm2", progress=False, max_running=64)
-    clocks = [Clock(Constraints, "allowed"), Clock(sampler, "_mask")]
-    print("| streams | step without, ms | step with, ms | masks, ms | slowest masks, ms | applying them, ms |")
-    print("|---|---|---|---|---|---|")
+    print("| streams | masks, CPU ms | 99th percentile | masks, wall ms | applying them, CPU ms |\n|---|---|---|---|---|")
     for streams in map(int, args.streams.split(",")):
-        free = [SamplingParams(max_tokens=args.steps, seed=i, ignore_eos=True) for i in range(streams)]
-        bound = [SamplingParams(max_tokens=args.steps, seed=i, grammar=grammar_of(json_schema=schema(i))) for i in range(streams)]
-        without = decode_steps(llm, free, clocks)
-        decode_steps(llm, bound, clocks)
-        follow = decode_steps(llm, bound, clocks)
-        medians = [statistics.median(column) for column in zip(*follow, strict=True)]
-        base = statistics.median(whole for whole, *_ in without)
-        worst = max(masks for _, masks, _ in follow)
-        print(f"| {streams} | {base:.1f} | {medians[0]:.1f} | {medians[1]:.2f} | {worst:.1f} | {medians[2]:.2f} |")
+        measure(streams)
 
 
 if __name__ == "__main__":
