@@ -22,7 +22,7 @@ from .rms_norm import NormLaunch, add_rms_norm, rms_norm
 from .rope_write import RopeLaunch, rope_and_write_kv
 from .sampling import SampleLaunch, SampleRows, sample
 from .silu_mul import SiluLaunch, silu_mul
-from .triton_ops import fixed_attention
+from .triton_ops import FIXED_ROPE, fixed_attention
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 KV_HEADS, LAYERS, WIDTH = 2, 2, 64
@@ -141,7 +141,8 @@ def small_cases() -> Iterator[Case]:
 
 
 def fixed_cases() -> Iterator[Case]:
-    """The attention of the deterministic mode, whose tiles are not the rules'."""
+    """What the deterministic mode launches otherwise than by the rules."""
+    yield Case("rope_write bfloat16 d128 norm fixed", partial(_rope, BF16, BF16, 128, True, launch=FIXED_ROPE), {})
     for dim, dtype, group in ((64, BF16, 4), (128, BF16, 8), (256, BF16, 4), (128, FP32, 4)):
         params = tuple(asdict(fixed_attention(group)).items())
         yield Attention("paged_prefill", dim, dtype, dtype, group, params=params, chosen="fixed").case()

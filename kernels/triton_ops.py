@@ -2,7 +2,8 @@
 
 Rows of one token go through the decode kernel, which splits long contexts over the chip and reads a prefix that all of them share
 once, all others through the prefill kernel. In deterministic mode every row goes through the prefill kernel with one choice of tiles,
-and norms take one row a program, so that a token's bits depend neither on the batch nor on how its prompt was cut.
+and norms, those of q and k too, have one choice of programs, so that a token's bits depend neither on the batch nor on how its prompt
+was cut.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from .cascade import cascade_decode
 from .layout import AttentionBatch
 from .paged_decode import paged_decode
 from .paged_prefill import PrefillLaunch, device_work, paged_prefill, prefill_launch
-from .rope_write import rope_and_write_kv
+from .rope_write import RopeLaunch, rope_and_write_kv
 from .silu_mul import silu_mul
 
+# The table's entries go by the number of rows, and sums are added up in another order with each.
 FIXED_NORM = norm.NormLaunch(elements=1, num_warps=4)
+FIXED_ROPE = RopeLaunch(heads=8, num_warps=4)
 
 
 def fixed_attention(group: int) -> PrefillLaunch:
@@ -32,10 +35,10 @@ class TritonOps:
     """`worker.model.Ops` in Triton."""
 
     silu_mul = staticmethod(silu_mul)
-    rope_and_write_kv = staticmethod(rope_and_write_kv)
 
     def __init__(self, deterministic: bool = False) -> None:
         self._norm = FIXED_NORM if deterministic else None
+        self._rope = FIXED_ROPE if deterministic else None
         self._deterministic = deterministic
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,6 +48,21 @@ class TritonOps:
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `reference.add_rms_norm`."""
         return norm.add_rms_norm(x, residual, weight, eps, self._norm)
+
+    def rope_and_write_kv(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        pages: Tensor,
+        slots: Tensor,
+        num_heads: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """See `reference.rope_and_write_kv`."""
+        return rope_and_write_kv(qkv, positions, cos_sin, pages, slots, num_heads, q_norm, k_norm, eps, self._rope)
 
     def paged_attention(self, q: Tensor, pages: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
         """See `reference.paged_attention`; a row of kv_len 0 is padding and becomes zeros."""

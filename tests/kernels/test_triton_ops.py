@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreter import error, paged, random, tolerance
 
-from quire.kernels import reference
+from quire.kernels import launch, reference, rope_write, triton_ops
 from quire.kernels.layout import AttentionBatch
-from quire.kernels.triton_ops import TritonOps
+from quire.kernels.triton_ops import FIXED_ROPE, TritonOps
 
 HEADS, KV_HEADS, DIM, PAGE = 6, 2, 64, 16
 MIXED = (33, 1), (0, 1), (15, 1), (0, 20), (40, 9)  # decode rows stand first
@@ -83,3 +85,28 @@ def test_deterministic_norms_have_the_same_bits_in_any_batch(device):
     alone, alone_stream = ops.add_rms_norm(x[8:], x[8:], weight, 1e-5)
     assert torch.equal(alone, normed[8:])
     assert torch.equal(alone_stream, stream[8:])
+
+
+def test_the_deterministic_mode_has_no_use_for_what_was_measured_for_a_number_of_rows(device, monkeypatch):
+    """Entries of two buckets that would add up a head in different orders."""
+    shape = launch.Shape("rope_write", "bfloat16", DIM, HEADS // KV_HEADS, PAGE)
+    on = launch.chip(torch.device(device)).arch
+    entries = {(on, replace(shape, bucket=n)): {"heads": heads, "num_warps": warps} for n, heads, warps in ((1, 1, 1), (4, 8, 8))}
+    monkeypatch.setattr(launch, "_table", lambda: entries)
+    launch.launch_of.cache_clear()
+    used, run = [], rope_write.rope_and_write_kv
+    monkeypatch.setattr(triton_ops, "rope_and_write_kv", lambda *args: used.append(args[-1]) or run(*args))
+    qkv, norm = random((3, (HEADS + 2 * KV_HEADS) * DIM), torch.bfloat16, device), random((DIM,), torch.bfloat16, device)
+    at, cos_sin = torch.arange(3, device=device), random((8, DIM), torch.float32, device)
+    try:
+        for deterministic in (True, False):
+            rows = []
+            for count in (3, 1):
+                pages = torch.zeros(1, KV_HEADS, 2, PAGE, DIM, dtype=torch.bfloat16, device=device)
+                call = qkv[:count], at[:count], cos_sin, pages, at[:count], HEADS, norm, norm, 1e-5
+                rows.append((TritonOps(deterministic).rope_and_write_kv(*call)[0], pages[0, :, :, 0]))
+            if deterministic:
+                assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    finally:
+        launch.launch_of.cache_clear()
+    assert used == [FIXED_ROPE, FIXED_ROPE, None, None]
