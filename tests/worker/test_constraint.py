@@ -182,7 +182,7 @@ def test_preparing_refuses_and_a_failed_reading_is_tried_again(small) -> None:
 def test_sentencepiece_puts_no_space_into_what_is_forced() -> None:
     """Such a tokenizer writes a space before whatever it is given."""
     marked = {"type": "object", "properties": {"name": {"enum": ["ab", "na"]}}, "required": ["name"], "additionalProperties": False}
-    pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *'▁{}":,abnme', "▁{", '{"', "▁a", "na", "me", "name"]
+    pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *'▁{}":,abnme', "▁{", '{"', "▁a", "na", "me", "name", "ab"]
     merges = [("▁", "{"), ("{", '"'), ("▁", "a"), ("n", "a"), ("m", "e"), ("na", "me")]
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -193,9 +193,13 @@ def test_sentencepiece_puts_no_space_into_what_is_forced() -> None:
     assert tokenizer.decode(tokenizer.encode("{")) == "{"
     assert tokenizer.token_bytes(tokenizer.encode("{")[0]) == b" {"
     params = SamplingParams(grammar=grammar_of(json_schema=marked))
+    constraints = Constraints(lambda: tokenizer, (1,), len(pieces))
     for seed in range(20):
-        output = walked(Constraints(lambda: tokenizer, (1,), len(pieces)), params, 1, random.Random(seed))
+        output = walked(constraints, params, 1, random.Random(seed))
         assert json.loads(tokenizer.decode(output))["name"] in ("ab", "na")
+    # What is forced is written as the model would, which has no way to the token "ab".
+    forced = SamplingParams(grammar=grammar_of(choice=["abab"]))
+    assert [tokenizer.pieces[t] for t in walked(constraints, forced, 1, random.Random(0))[:-1]] == [b"a", b"b", b"a", b"b"]
 
 
 def walked(constraints: Constraints, params: SamplingParams, eos: int, draw: random.Random) -> list[int]:
