@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 _PROC, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+# (limit, in use) of a control group: version 2, and 1
+_FILES = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
 
 
 def free_bytes(meminfo: Path = _PROC, cgroup: Path = _CGROUP) -> int:
@@ -13,14 +15,16 @@ def free_bytes(meminfo: Path = _PROC, cgroup: Path = _CGROUP) -> int:
 
     Args:
         meminfo: the kernel's figures for the machine.
-        cgroup: directory of the process's control group, version 2; one without a limit, or none, does not count.
+        cgroup: directory of the process's control group, of either version; one without a limit, or none, does not count.
     """
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
     if found is None:
         raise RuntimeError(f"{meminfo} does not say MemAvailable")
     free = int(found.group(1)) * 1024
-    try:
-        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
-    except OSError:
-        return free
-    return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
+    for limit_file, used_file in _FILES:
+        try:
+            limit, used = (cgroup / limit_file).read_text().strip(), (cgroup / used_file).read_text()
+        except OSError:
+            continue
+        return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
+    return free

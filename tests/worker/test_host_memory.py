@@ -13,5 +13,15 @@ def test_the_smaller_of_machine_and_container(tmp_path):
         assert free_bytes(meminfo, tmp_path) == want
 
 
+def test_the_older_kind_of_container(tmp_path):
+    meminfo, group = tmp_path / "meminfo", tmp_path / "memory"
+    meminfo.write_text("MemAvailable:   50 kB\n")
+    group.mkdir()
+    for limit, used, want in (("30000", 10000, 20000), (str(2**63 - 4096), 10000, 50 * 1024)):
+        (group / "memory.limit_in_bytes").write_text(limit)
+        (group / "memory.usage_in_bytes").write_text(str(used))
+        assert free_bytes(meminfo, tmp_path) == want
+
+
 def test_this_machine_has_some():
     assert free_bytes() > 0
