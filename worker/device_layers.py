@@ -146,8 +146,12 @@ class DeviceLayers:
         if num_pages > 1:
             plans[0] = plans[0]._replace(copies=((0, 1),))
         warm = [WarmStep(plan) for plan in plans]
-        if several and num_pages >= 3 and self._max_len > page_size and self._may_share():
-            warm.append(WarmStep(sharing_plan(page_size), share=True))
+        half = self._max_len // 2 // page_size  # of pages; long tables are read by several programs, which are other kernels
+        if half:
+            warm.append(WarmStep(decode_plan(page_size, [(0,) * 2 * half])))
+        if half and several and num_pages >= 3 and self._may_share():
+            sharing = [[(0,) * pages + (own,) * pages for own in (1, 2)] for pages in (1, half)]
+            warm += [WarmStep(decode_plan(page_size, tables), share=True) for tables in sharing]
         return warm
 
     def _may_share(self) -> bool:
@@ -168,8 +172,12 @@ def warm_plan(counts: list[int], num_pages: int, page_size: int) -> StepPlan:
     return StepPlan(0, tuple(rows), tuple(new), (), (), ())
 
 
-def sharing_plan(page_size: int) -> StepPlan:
-    """A step of two sequences that share their first page, nobody's either."""
-    how, tokens = SamplingParams(max_tokens=1, seed=0), (0,) * (page_size + 1)
-    new = tuple(NewSequence(seq, tokens, page_size + 1, (0, seq + 1), how, seq) for seq in range(2))
-    return StepPlan(0, tuple(Row(seq, page_size, 1, True) for seq in range(2)), new, (), (), ())
+def decode_plan(page_size: int, tables: list[tuple[int, ...]]) -> StepPlan:
+    """A step of one token for each of `tables`, which it fills, nobody's either."""
+    how = SamplingParams(max_tokens=1, seed=0)
+    new, rows = [], []
+    for seq, table in enumerate(tables):
+        count = len(table) * page_size
+        new.append(NewSequence(seq, (0,) * count, count, table, how, seq))
+        rows.append(Row(seq, count - 1, 1, True))
+    return StepPlan(0, tuple(rows), tuple(new), (), (), ())

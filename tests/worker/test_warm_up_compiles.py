@@ -71,7 +71,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[Any, ...], 
 
 @pytest.fixture(params=[{}, {"deterministic": True}, {"kv_dtype": "fp8"}, {"cuda_graphs": False}], ids=str)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 512, "hidden_size": 96, "head_dim": 16, "num_hidden_layers": 1}
+    sizes = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 1024, "hidden_size": 96, "head_dim": 16, "num_hidden_layers": 1}
     sizes["num_attention_heads"] = 6  # so that some numbers for each head of an odd batch end between multiples of 16 bytes
     random_model(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     monkeypatch.setattr(backend, "linear_factory", lambda *of: PlainLinear)
@@ -92,6 +92,14 @@ def test_no_step_after_the_warm_up_compiles_anything(launches, engine):
     run(engine, [numbers.randrange(1, 90) for _ in range(40)], numbers)
     run(engine, [130, 1, 150, 199, 1], numbers, n=3)
     run(engine, [40], numbers, n=3)  # they share pages with all that run
+    shared = [numbers.randrange(VOCAB) for _ in range(320)]  # more than one program reads
+    for i in range(3):
+        rest = tuple(numbers.randrange(VOCAB) for _ in range(320))
+        engine.submit(GenerateRequest(f"long-{i}", ((*shared, *rest),), SamplingParams(max_tokens=6, ignore_eos=True)))
+        while i == 0 and engine.scheduler.request("long-0").sequences[0].num_output == 0:
+            engine.step()
+    while not engine.idle():
+        engine.step()
     assert sum(launches.values()) > 500
     assert {launch[0] for launch in launches} == {launch[0] for launch in warm} > {"_copy_kernel", "_prefill_kernel", "_choose_kernel"}
     assert not set(launches) - warm
