@@ -142,10 +142,7 @@ class DeviceLayers:
         several = self._max_running > 1
         steps = [[1, count] for count in sorted({min(WARM_CHUNK, longest), longest}) if count > 1 and several]
         steps += [[1] * bucket for bucket in buckets_up_to(self._max_running)]  # kernels are compiled for numbers of rows, too
-        plans = [warm_plan(counts, num_pages, page_size) for counts in steps]
-        if num_pages > 1:
-            plans[0] = plans[0]._replace(copies=((0, 1),))
-        warm = [WarmStep(plan) for plan in plans]
+        warm = [WarmStep(warm_plan(counts, num_pages, page_size)) for counts in steps]
         half = self._max_len // 2 // page_size  # of pages; long tables are read by several programs, which are other kernels
         if half:
             warm.append(WarmStep(decode_plan(page_size, [(0,) * 2 * half])))

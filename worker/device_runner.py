@@ -107,6 +107,7 @@ class DeviceRunner(ModelRunner):
     def warm_up(self, max_batch_tokens: int, progress: Progress | None = None) -> None:
         """Compile every kernel and capture every graph, on an empty pool; `progress` hears of (steps done, steps in all). With several
         ranks all do it at once, whose warm-ups are the same steps."""
+        self._kv.warm_up()
         steps = self._layers.warm_steps(max_batch_tokens)
         for done, step in enumerate(steps):
             self._collect(self._issue(*step))
@@ -198,6 +199,7 @@ class DeviceFollower(FollowerRunner):
     @torch.inference_mode()
     def warm_up(self, max_batch_tokens: int) -> None:
         """As `DeviceRunner.warm_up`, at the same time."""
+        self._kv.warm_up()
         for step in self._layers.warm_steps(max_batch_tokens):
             self._issue(*step)
             Mark(self._device).wait()

@@ -6,6 +6,7 @@ Nothing outside this file and the kernels' strides knows the layout. Whose page 
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -60,6 +61,7 @@ class KVStore:
         self.host = _zeros((host_pages, *shape.dims), held, torch.device("cpu"), pinned)
         self._layers = [self.pool[:, :, layer].view(shape.dtype) for layer in range(shape.layers)]
         self._kernel = copy_with_kernel if self.pool.is_cuda and find_spec("triton") else None
+        self._lane = threading.local()  # its stream: what is staged on one, the allocator keeps for that one
 
     @property
     def page_size(self) -> int:
@@ -85,6 +87,12 @@ class KVStore:
             sources, destinations = torch.tensor(pairs, device=self.pool.device).unbind(1)
             self.pool[destinations] = self.pool[sources]
 
+    def warm_up(self) -> None:
+        """Compile what copies pages, packs and unpacks them, on an empty pool."""
+        if self._kernel is not None:
+            unpack(packed(self.pool, [0]), self.pool, [0])
+            self.copy_pages([(0, 1)] if self.num_pages > 1 else [])
+
     # --- beside the steps: called on other threads than theirs ---
 
     def after(self) -> Callable[[], AbstractContextManager[None]]:
@@ -98,7 +106,9 @@ class KVStore:
         @contextmanager
         def beside() -> Iterator[None]:
             written.synchronize()
-            stream = torch.cuda.Stream(self.pool.device)  # type: ignore[no-untyped-call]
+            if not hasattr(self._lane, "stream"):
+                self._lane.stream = torch.cuda.Stream(self.pool.device)  # type: ignore[no-untyped-call]
+            stream = self._lane.stream
             with torch.cuda.stream(stream):
                 try:
                     yield

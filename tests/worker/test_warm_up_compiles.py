@@ -100,6 +100,9 @@ def test_no_step_after_the_warm_up_compiles_anything(launches, engine):
             engine.step()
     while not engine.idle():
         engine.step()
+    kv, all_heads = engine.runner._kv, slice(0, SIZES["num_key_value_heads"])
+    for pages in ([5], [2, 9, 4]):  # as a migration packs and unpacks them
+        assert [*kv.parts(pages, all_heads, False), *kv.landings(pages, all_heads, False)]
     assert sum(launches.values()) > 500
     assert {launch[0] for launch in launches} == {launch[0] for launch in warm} > {"_copy_kernel", "_prefill_kernel", "_choose_kernel"}
     assert not set(launches) - warm
