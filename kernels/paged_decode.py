@@ -187,7 +187,8 @@ def prefix_rule(shape: Shape, on: Chip) -> DecodeLaunch:
     launch = decode_rule(shape, on)
     if shape.head_dim <= 128 and on.arch == 90:
         return launch
-    return DecodeLaunch(min(launch.block_n, 32) if on.arch >= 100 else launch.block_n, num_warps=8, num_stages=3)
+    smaller = min(32, 4096 // triton.next_power_of_2(shape.head_dim))
+    return DecodeLaunch(min(launch.block_n, smaller) if on.arch >= 100 else launch.block_n, num_warps=8, num_stages=3)
 
 
 def paged_decode(
