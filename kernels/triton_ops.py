@@ -8,6 +8,8 @@ was cut.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -37,32 +39,11 @@ class TritonOps:
     silu_mul = staticmethod(silu_mul)
 
     def __init__(self, deterministic: bool = False) -> None:
-        self._norm = FIXED_NORM if deterministic else None
-        self._rope = FIXED_ROPE if deterministic else None
+        fixed_norm = FIXED_NORM if deterministic else None
+        self.rms_norm = partial(norm.rms_norm, launch=fixed_norm)
+        self.add_rms_norm = partial(norm.add_rms_norm, launch=fixed_norm)
+        self.rope_and_write_kv = partial(rope_and_write_kv, launch=FIXED_ROPE if deterministic else None)
         self._deterministic = deterministic
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See `reference.rms_norm`."""
-        return norm.rms_norm(x, weight, eps, self._norm)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `reference.add_rms_norm`."""
-        return norm.add_rms_norm(x, residual, weight, eps, self._norm)
-
-    def rope_and_write_kv(
-        self,
-        qkv: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        pages: Tensor,
-        slots: Tensor,
-        num_heads: int,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        """See `reference.rope_and_write_kv`."""
-        return rope_and_write_kv(qkv, positions, cos_sin, pages, slots, num_heads, q_norm, k_norm, eps, self._rope)
 
     def paged_attention(self, q: Tensor, pages: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
         """See `reference.paged_attention`; a row of kv_len 0 is padding and becomes zeros."""

@@ -57,8 +57,7 @@ def _waits_for_outcome(s: Sequence, end: int) -> bool:
 
 
 def _needs_values(p: SamplingParams) -> bool:
-    penalties = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
-    return bool(penalties or p.grammar) or p.prompt_logprobs is not None
+    return p.penalized or bool(p.grammar) or p.prompt_logprobs is not None
 
 
 def _hold(scheduler: Scheduler, rows: Planned) -> bool:

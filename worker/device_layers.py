@@ -161,20 +161,17 @@ class DeviceLayers:
 
 def warm_plan(counts: list[int], num_pages: int, page_size: int) -> StepPlan:
     """A step with a row of so many tokens for each of `counts`, in sequences that are nobody's."""
-    new, rows = [], []
-    for seq, count in enumerate(counts):
-        pages = tuple((seq + i) % num_pages for i in range(-(-count // page_size)))
-        new.append(NewSequence(seq, (0,) * count, count, pages, SamplingParams(max_tokens=1, seed=0, top_p=0.9), seq))
-        rows.append(Row(seq, 0, count, True))
-    return StepPlan(0, tuple(rows), tuple(new), (), (), ())
+    return _plan([(0, n, tuple((seq + i) % num_pages for i in range(-(-n // page_size)))) for seq, n in enumerate(counts)])
 
 
 def decode_plan(page_size: int, tables: list[tuple[int, ...]]) -> StepPlan:
     """A step of one token for each of `tables`, which it fills, nobody's either."""
-    how = SamplingParams(max_tokens=1, seed=0)
-    new, rows = [], []
-    for seq, table in enumerate(tables):
-        count = len(table) * page_size
-        new.append(NewSequence(seq, (0,) * count, count, table, how, seq))
-        rows.append(Row(seq, count - 1, 1, True))
-    return StepPlan(0, tuple(rows), tuple(new), (), (), ())
+    return _plan([(len(table) * page_size - 1, len(table) * page_size, table) for table in tables])
+
+
+def _plan(sequences: list[tuple[int, int, tuple[int, ...]]]) -> StepPlan:
+    """A step that computes tokens [start, end) of each sequence, (start, end, its pages)."""
+    how = SamplingParams(max_tokens=1, seed=0, top_p=0.9)
+    new = tuple(NewSequence(seq, (0,) * end, end, pages, how, seq) for seq, (_, end, pages) in enumerate(sequences))
+    rows = tuple(Row(seq, start, end - start, True) for seq, (start, end, _) in enumerate(sequences))
+    return StepPlan(0, rows, new, (), (), ())

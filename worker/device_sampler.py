@@ -110,9 +110,7 @@ _NO_CELLS = np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(3))
 
 
 def _is_edited(row: SamplingRow) -> bool:
-    p = row.params
-    penalized = p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
-    return bool(penalized or p.logit_bias) or row.banned
+    return row.params.penalized or bool(row.params.logit_bias) or row.banned
 
 
 def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats]:

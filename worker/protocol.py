@@ -114,6 +114,11 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: str = ""
 
+    @property
+    def penalized(self) -> bool:
+        """Whether what has been said weighs on what comes next."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:

@@ -80,7 +80,7 @@ def _structured_outputs(raw: Any) -> list[Constraint]:
     if raw is None:
         return []
     name = "structured_outputs"
-    given = {key: value for key, value in _known(name, raw, KINDS).items() if value is not None and (key, value) != ("json_object", False)}
+    given = {key: value for key, value in _known(name, raw, KINDS).items() if (key, value) != ("json_object", False)}
     if len(given) != 1:
         raise BadRequest(name, f"must hold exactly one of {', '.join(KINDS)}")
     ((key, value),) = given.items()

@@ -95,7 +95,7 @@ def test_the_deterministic_mode_has_no_use_for_what_was_measured_for_a_number_of
     monkeypatch.setattr(launch, "_table", lambda: entries)
     launch.launch_of.cache_clear()
     used, run = [], rope_write.rope_and_write_kv
-    monkeypatch.setattr(triton_ops, "rope_and_write_kv", lambda *args: used.append(args[-1]) or run(*args))
+    monkeypatch.setattr(triton_ops, "rope_and_write_kv", lambda *args, **named: used.append(named["launch"]) or run(*args, **named))
     qkv, norm = random((3, (HEADS + 2 * KV_HEADS) * DIM), torch.bfloat16, device), random((DIM,), torch.bfloat16, device)
     at, cos_sin = torch.arange(3, device=device), random((8, DIM), torch.float32, device)
     try:
