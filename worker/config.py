@@ -145,6 +145,11 @@ class ServerOptions:
     ingresses: int = option(1, "HTTP server processes that share the port")
     api_key_file: str | None = option(None, "file with one key a line, or a YAML file of tenants with their keys, weights and limits")
     max_body: int = option(4 * 2**20, "largest request body in bytes", kind="bytes")
+    tool_call_format: str = option(
+        "auto",
+        "how the model writes calls of tools; auto: as its chat template says",
+        choices=("auto", "hermes", "mistral", "llama3_json"),
+    )
     grace_s: float = option(30.0, "after SIGTERM, seconds that running streams get to finish")
     health_timeout_s: float = option(10.0, "/health answers 503 when the engine has been silent for longer")
     log_level: str = option("info", "how much is logged", choices=("debug", "info", "warning", "error"))

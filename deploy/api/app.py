@@ -23,6 +23,7 @@ from .context import Api
 from .edge_text import EdgeText
 from .middleware import BodyLimit, CountRequests, StrictRequest
 from .structured import EdgeGrammars
+from .tool_calls import ToolCalls
 
 
 def create_app(
@@ -34,7 +35,7 @@ def create_app(
     scripts from elsewhere, and a key.
 
     Raises:
-        ValueError, OSError: the API keys or the collector of traces cannot be used.
+        ValueError, OSError: the API keys, the collector of traces or the format of calls cannot be used.
     """
     keys, _ = load_tenants(options)
     tracing = Tracing(options.otlp_endpoint, {"service.instance.id": f"ingress-{os.getpid()}"}) if options.otlp_endpoint else None
@@ -43,6 +44,7 @@ def create_app(
         info=info,
         text=EdgeText(tokenizer, info.max_model_len),
         grammars=EdgeGrammars(tokenizer, info.eos_token_ids, limits.max_grammar),
+        tool_calls=ToolCalls.of(tokenizer, options.tool_call_format),
         options=options,
         limits=limits,
         metrics=Metrics(client.stats, client.recovery, ingress_id),

@@ -7,6 +7,7 @@ given", also for fields that do not exist here, because clients send all the fie
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
@@ -43,13 +44,28 @@ def parse(raw: bytes, of: type[Body]) -> Body:
     body = strict_json(raw)
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    given = refuse_unsupported({name: value for name, value in body.items() if value is not None})
+    given = refuse_unsupported({name: value for name, value in body.items() if value is not None}, of.model_fields)
     try:
         return of.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])[:MOST_TOLD]
         raise BadRequest(field, "unknown field" if first["type"] == "extra_forbidden" else first["msg"]) from None
+
+
+def known(name: str, raw: Any, keys: Collection[str]) -> dict[str, Any]:
+    """The field `name`, an object that has no other keys than these, without those that are null.
+
+    Raises:
+        BadRequest: it is something else.
+    """
+    if not isinstance(raw, dict):
+        raise BadRequest(name, "must be an object")
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key in given:
+        if key not in keys:
+            raise BadRequest(f"{name}.{key[:64]}", f"unknown field; there are {', '.join(keys)}")
+    return given
 
 
 def strict_json(raw: bytes) -> Any:
@@ -59,7 +75,7 @@ def strict_json(raw: bytes) -> Any:
         ApiError: 400, with what is wrong.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_number)
+        body = json.loads(raw.decode(), parse_constant=no_constant, parse_float=_number)
         if b"\\u" in raw:  # the only way in for half a surrogate pair, which no tokenizer takes
             json.dumps(body, ensure_ascii=False).encode()
     except RecursionError:
@@ -79,7 +95,8 @@ def _number(text: str) -> int | float:
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For `parse_constant`: NaN and Infinity, which Python takes for numbers of JSON."""
     raise ValueError(f"{name} is not a JSON number")
 
 

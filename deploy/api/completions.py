@@ -16,6 +16,7 @@ from .generation import ChoiceDelta
 from .logprobs import completion_logprobs, joined, prompt_logprobs
 from .reply import Reply, json_string
 from .schemas import COMPLETION_MAX_TOKENS, CompletionBody, ToldUsage
+from .structured import read_constraint
 
 router = APIRouter()
 
@@ -35,7 +36,7 @@ async def completions(request: Request) -> Response:
         max_tokens=longest,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
-        grammar=await api.grammars.grammar(body),
+        grammar=await api.grammars.grammar(read_constraint(body)),
     )
     only_prompt = body.echo and longest == 0  # scoring: one token is drawn, because a step does, and thrown away
     asked = Asked(

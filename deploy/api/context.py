@@ -15,6 +15,7 @@ from .edge_text import EdgeText
 from .errors import ApiError
 from .lifecycle import Lifecycle
 from .structured import EdgeGrammars
+from .tool_calls import ToolCalls
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Api:
     info: ModelInfo
     text: EdgeText
     grammars: EdgeGrammars
+    tool_calls: ToolCalls
     options: ServerOptions
     limits: LimitOptions
     metrics: Metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -54,8 +55,14 @@ class EdgeText:
         """The text of token ids, special ones written out. The caller has checked that they are in the vocabulary."""
         return await self._in_thread(lambda: self.tokenizer.decode(tokens, False))
 
-    async def render(self, messages: list[dict[str, str]], add_generation_prompt: bool, values: Mapping[str, Any] = NOTHING) -> str:
-        """The conversation through the model's own chat template, which sees `values` too.
+    async def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        values: Mapping[str, Any] = NOTHING,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
+        """The conversation through the model's own chat template, which sees `values` too, and the tools that may be called.
 
         Raises:
             ApiError: 400, it is longer than any that fits the model.
@@ -63,7 +70,9 @@ class EdgeText:
         """
         for i, message in enumerate(messages):
             self._must_fit(message["content"], f"messages.{i}.content")
-        return await self._in_thread(lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt, values))
+        if tools:
+            self._must_fit(json.dumps(tools, ensure_ascii=False), "tools")
+        return await self._in_thread(lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt, values, tools))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -13,6 +13,7 @@ from ...worker.protocol import DeadlineExceeded, FinishReason, GenerateRequest, 
 from ...worker.text.choice import ChoiceText
 from ...worker.text.detokenizer import TextOptions
 from ...worker.text.tokenizer import Tokenizer
+from ...worker.text.tool_parser import Arguments, Call, CallReading, Content, ToolParser
 from ..metrics import GenerationClock
 from .errors import engine_failed
 
@@ -25,18 +26,22 @@ class Presentation(NamedTuple):
     continues: bool = False  # the text goes on from the prompt's
     discard_output: bool = False  # only the prompt is wanted: what is generated is neither shown nor counted
     eos_token_ids: tuple[int, ...] = ()
+    calls: CallReading | None = None  # calls of tools are read out of the text
+    markers: frozenset[int] = frozenset()  # special tokens among what marks calls
+    called: str = "tool_calls"  # how a choice ends that has called tools
 
 
 class ChoiceDelta(NamedTuple):
-    """What one choice gained. `finish` is OpenAI's word ("stop", "length"), set once, with the choice's last delta."""
+    """What one choice gained. `finish` is OpenAI's word ("stop", "length", "tool_calls"), set once, with the choice's last delta."""
 
     choice: int
-    text: str
+    text: str  # without that of calls
     logprobs: tuple[TokenLogprob, ...] | None
     offsets: tuple[int, ...]  # for each of `logprobs`, the characters of the choice's text before its token
     prompt_logprobs: tuple[TokenLogprob, ...] | None
     finish: str | None
     stop_reason: str | int | None  # the stop string, or the stop token id, that ended it; None for end-of-sequence
+    calls: tuple[Call | Arguments, ...] = ()
 
 
 class Usage(NamedTuple):
@@ -73,6 +78,7 @@ class Generation:
         self._shown = shown
         self._clock = clock
         self._choices = [_choice_text(tokenizer, request, shown) for _ in range(len(request.prompts) * request.params.n)]
+        self._parsers = [ToolParser(shown.calls) for _ in self._choices] if shown.calls is not None else None
         self._live = set(range(len(self._choices)))
         self._cached = [0] * len(request.prompts)
         self._finishes: dict[int, str] = {}
@@ -139,10 +145,21 @@ class Generation:
             none = () if output.logprobs is not None else None
             return ChoiceDelta(output.choice, "", none, (), output.prompt_logprobs, FinishReason.LENGTH, None)
         gain = self._choices[output.choice].take(output)
-        return ChoiceDelta(output.choice, gain.text, gain.logprobs, gain.offsets, output.prompt_logprobs, gain.finish, gain.stop_reason)
+        delta = ChoiceDelta(output.choice, gain.text, gain.logprobs, gain.offsets, output.prompt_logprobs, gain.finish, gain.stop_reason)
+        return delta if self._parsers is None else self._with_calls(delta, self._parsers[output.choice])
+
+    def _with_calls(self, delta: ChoiceDelta, parser: ToolParser) -> ChoiceDelta:
+        """The delta with calls told from its text."""
+        pieces = parser.push(delta.text) + (parser.finish() if delta.finish is not None else [])
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        calls = tuple(piece for piece in pieces if not isinstance(piece, Content))
+        finish = FinishReason.STOP if parser.done else delta.finish
+        if finish == FinishReason.STOP and parser.calls:
+            finish = self._shown.called
+        return delta._replace(text=text, calls=calls, finish=finish)
 
     async def _end(self, output: SequenceOutput) -> None:
-        """A choice has ended; by a stop string the engine does not know of it yet."""
+        """A choice has ended; by a stop string, or with the only call that is wanted, the engine does not know of it yet."""
         self._clock.ended(output.choice, self._choices[output.choice].tokens)
         if output.finish is None:
             await self._stream.abort(output.choice)
@@ -157,6 +174,7 @@ def _choice_text(tokenizer: Tokenizer, request: GenerateRequest, shown: Presenta
         include_stop=shown.include_stop,
         min_tokens=request.params.min_tokens,
         skip_special_tokens=shown.skip_special_tokens,
+        but_show=shown.markers,
         continues=shown.continues,
     )
     return ChoiceText(tokenizer, options, shown.eos_token_ids)

@@ -16,9 +16,10 @@ from ... import __version__
 from . import openapi_answers as answers
 from .context import Api
 from .info_routes import READS
-from .messages import HARMLESS, NOT_THERE
+from .messages import HARMLESS, NOT_THERE, OF_ROLE
 from .schemas import COMPLETION_MAX_TOKENS, ChatBody, CompletionBody, DetokenizeBody, SamplingBody, StreamOptions, Strict, TokenizeBody
 from .structured import FORMATS, GUIDED
+from .tools import MOST_TOOLS, NAME, Choice
 from .unsupported import IGNORED, NEUTRAL
 from .urgency import DEADLINES_MS, NAMED, PRIORITIES
 
@@ -114,6 +115,8 @@ def _chat(api: Api) -> Schema:
         "messages": _array(_message(), 1),
         "chat_template_kwargs": _VALUES,
         "top_logprobs": _integer(0, api.limits.max_logprobs),
+        "tools": _array(_tool(), 0, MOST_TOOLS),
+        "tool_choice": _tool_choice(),
     }
     return _generating(api, ChatBody, given, _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs"))
 
@@ -138,7 +141,7 @@ def _generating(api: Api, of: type[SamplingBody], given: dict[str, Schema], *nee
     body = _body(of, {**_sampling(api), **given})
     neutral: dict[str, Schema] = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
     neutral["best_of"] = {"enum": [None], "description": "taken too where it equals n"}
-    body["properties"] |= neutral | {name: {} for name in sorted(IGNORED)}
+    body["properties"] = neutral | {name: {} for name in sorted(IGNORED)} | body["properties"]
     body["allOf"] = [_needs("stream_options", {"type": "object"}, "stream"), *needs]
     return body
 
@@ -150,13 +153,15 @@ def _needs(field: str, such: Schema, flag: str) -> Schema:
 
 
 def _tokenize(api: Api) -> Schema:
-    prompt, messages = _STRING, _array(_message(), 1)
+    prompt, messages, tools = _STRING, _array(_message(), 1), _array(_tool(), 0, MOST_TOOLS)
     one = [
         {"required": ["prompt"], "properties": {"prompt": prompt, "messages": _NULL}},
         {"required": ["messages"], "properties": {"prompt": _NULL, "messages": messages}},
     ]
     return {
-        **_body(TokenizeBody, {"model": _model(api), "prompt": prompt, "messages": messages, "chat_template_kwargs": _VALUES}),
+        **_body(
+            TokenizeBody, {"model": _model(api), "prompt": prompt, "messages": messages, "chat_template_kwargs": _VALUES, "tools": tools}
+        ),
         "anyOf": one,
     }
 
@@ -228,19 +233,38 @@ def _message() -> Schema:
     content: Schema = {"anyOf": [_STRING, parts]}
     nothing: Schema = {"enum": [None, []]}
     anything: Schema = {}
-    others = dict.fromkeys(NOT_THERE, nothing) | dict.fromkeys(HARMLESS, anything)
-    forms = [(["system", "developer", "user"], content, ["role", "content"]), (["assistant"], _or_null(content), ["role"])]
+    others = dict.fromkeys((*NOT_THERE, *OF_ROLE), nothing) | dict.fromkeys(HARMLESS, anything)
+    function = _object({"name": _STRING, "arguments": _STRING}, "name", "arguments")
+    call = _object({"id": _STRING, "type": {"enum": ["function", None]}, "function": function, "index": anything}, "id", "function")
+    forms: list[tuple[list[str], Schema, list[str]]] = [
+        (["system", "developer", "user"], {"content": content}, ["content"]),
+        (["assistant"], {"content": _or_null(content), "tool_calls": _or_null(_array(call))}, []),
+        (["tool"], {"content": content, "tool_call_id": _STRING}, ["content", "tool_call_id"]),
+    ]
     return {
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"role": {"enum": roles}, "content": said, **others},
-                "required": required,
+                "properties": {"role": {"enum": roles}, **others, **own},
+                "required": ["role", *required],
                 "additionalProperties": _NULL,
             }
-            for roles, said, required in forms
+            for roles, own, required in forms
         ]
     }
+
+
+def _tool() -> Schema:
+    """What `tools.read_tools` takes."""
+    parameters: Schema = {"type": "object", "properties": {"type": {"const": "object"}}, "description": "a JSON schema of an object"}
+    optional = {"description": _STRING, "parameters": parameters, "strict": {"type": "boolean"}}
+    function = {"name": {"type": "string", "pattern": f"^{NAME}$"}, **{name: _or_null(schema) for name, schema in optional.items()}}
+    return _object({"type": {"const": "function"}, "function": _object(function, "name")}, "type", "function")
+
+
+def _tool_choice() -> Schema:
+    named = _object({"type": {"const": "function"}, "function": _object({"name": _STRING}, "name")}, "type", "function")
+    return {"anyOf": [{"enum": [choice.value for choice in Choice if choice is not Choice.NAMED]}, named]}
 
 
 def _body(of: type[Strict], bounded: dict[str, Schema]) -> Schema:

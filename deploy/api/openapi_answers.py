@@ -35,6 +35,9 @@ def _envelope(kind: str, choice: str, *optional: str) -> Schema:
 
 
 _ENDS: Schema = {"enum": ["stop", "length", None]}
+_CHAT_ENDS: Schema = {"enum": ["stop", "length", "tool_calls", None]}
+_FUNCTION: dict[str, Schema] = {"name": _STRING, "arguments": _STRING}
+_CALL: dict[str, Schema] = {"id": _STRING, "type": {"const": "function"}}
 _STOP_REASON: Schema = {"type": ["string", "integer", "null"], "description": "the stop string, or the id of the stop token, that ended it"}
 _TOKEN: dict[str, Schema] = {"token": _STRING, "logprob": _LOGPROB, "bytes": _list({"type": "integer", "minimum": 0, "maximum": 255})}
 _MODEL = {"id": _STRING, "object": {"const": "model"}, "created": _COUNT, "owned_by": _STRING, "max_model_len": _COUNT}
@@ -56,18 +59,35 @@ SCHEMAS: dict[str, Schema] = {
     "ChatChoice": _object(
         {
             "index": _COUNT,
-            "message": _object({"role": {"const": "assistant"}, "content": _STRING, "refusal": {"type": "null"}}),
+            "message": _object(
+                {
+                    "role": {"const": "assistant"},
+                    "content": _MAYBE_STRING,
+                    "refusal": {"type": "null"},
+                    "tool_calls": _list(_object({**_CALL, "function": _object(_FUNCTION)})),
+                },
+                "tool_calls",
+            ),
             "logprobs": _maybe(_ref("ChatLogprobs")),
-            "finish_reason": _ENDS,
+            "finish_reason": _CHAT_ENDS,
             "stop_reason": _STOP_REASON,
         }
     ),
     "ChatChunkChoice": _object(
         {
             "index": _COUNT,
-            "delta": _object({"role": {"const": "assistant"}, "content": _STRING}, "role", "content"),
+            "delta": _object(
+                {
+                    "role": {"const": "assistant"},
+                    "content": _MAYBE_STRING,
+                    "tool_calls": _list(_object({"index": _COUNT, **_CALL, "function": _object(_FUNCTION, "name")}, "id", "type")),
+                },
+                "role",
+                "content",
+                "tool_calls",
+            ),
             "logprobs": _maybe(_ref("ChatLogprobs")),
-            "finish_reason": _ENDS,
+            "finish_reason": _CHAT_ENDS,
             "stop_reason": _STOP_REASON,
         },
         "stop_reason",

@@ -150,6 +150,9 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}  # read by `messages.read_values`
     add_special_tokens: bool = False
+    tools: list[Any] = []  # this and the next two are read by `tools.read_tools`
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
 
 
 class CompletionBody(SamplingBody):
@@ -170,6 +173,7 @@ class TokenizeBody(Strict):
     add_special_tokens: bool | None = None  # default: with a prompt yes, with messages no (the template has them)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[Any] = []  # read by `tools.read_tools`
     return_token_strs: bool = False
 
 

@@ -6,14 +6,16 @@ Whatever of it is wrong is a 400 with the name of the field, before the request 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ...worker.protocol import BadRequest, Overloaded
 from ...worker.text.grammar import Grammars, grammar_of
 from ...worker.text.tokenizer import Tokenizer
+from .body import known
 from .schemas import SamplingBody
 
 MOST_WAITING = 32  # grammars to compile; each takes less than a second
@@ -38,6 +40,10 @@ class Constraint(NamedTuple):
     kind: str
     value: Any
 
+    def grammar(self) -> str:
+        """The grammar of it; raises BadRequest where it has not the form of one."""
+        return grammar_of(**{self.kind: self.value})
+
 
 def read_constraint(body: SamplingBody) -> Constraint | None:
     """The constraint in a request; None when it has none.
@@ -59,7 +65,7 @@ def _response_format(raw: Any) -> list[Constraint]:
     if raw is None:
         return []
     name = "response_format"
-    given = _known(name, raw, ("type", "json_schema"))
+    given = known(name, raw, ("type", "json_schema"))
     kind = given.get("type")
     if kind not in FORMATS:
         raise BadRequest(f"{name}.type", f"must be one of {', '.join(FORMATS)}")
@@ -67,7 +73,7 @@ def _response_format(raw: Any) -> list[Constraint]:
         if "json_schema" in given:
             raise BadRequest(f"{name}.json_schema", "is only for the type json_schema")
         return [Constraint(name, "json_object", True)] if kind == "json_object" else []
-    named = _known(f"{name}.json_schema", given.get("json_schema"), ("name", "schema", "strict", "description"))
+    named = known(f"{name}.json_schema", given.get("json_schema"), ("name", "schema", "strict", "description"))
     for key, kinds in {"name": str, "description": str | None, "strict": bool | None}.items():
         if not isinstance(named.get(key), kinds):
             raise BadRequest(f"{name}.json_schema.{key}", f"must be {'true or false' if key == 'strict' else 'a text'}")
@@ -80,24 +86,13 @@ def _structured_outputs(raw: Any) -> list[Constraint]:
     if raw is None:
         return []
     name = "structured_outputs"
-    given = {key: value for key, value in _known(name, raw, KINDS).items() if (key, value) != ("json_object", False)}
+    given = {key: value for key, value in known(name, raw, KINDS).items() if (key, value) != ("json_object", False)}
     if len(given) != 1:
         raise BadRequest(name, f"must hold exactly one of {', '.join(KINDS)}")
     ((key, value),) = given.items()
     if key == "json_object" and value is not True:
         raise BadRequest(f"{name}.{key}", "must be true or false")
     return [Constraint(f"{name}.{key}", KINDS[key], value)]
-
-
-def _known(name: str, raw: Any, keys: Collection[str]) -> Mapping[str, Any]:
-    """`raw`, an object that has no other keys, without those that are null."""
-    if not isinstance(raw, dict):
-        raise BadRequest(name, "must be an object")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in keys:
-            raise BadRequest(f"{name}.{key[:64]}", f"unknown field; there are {', '.join(keys)}")
-    return given
 
 
 class EdgeGrammars:
@@ -115,30 +110,49 @@ class EdgeGrammars:
         """Lets the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def grammar(self, body: SamplingBody) -> str:
-        """The grammar of what `body` asks for; empty when it asks for nothing.
+    async def grammar(self, constraint: Constraint | None) -> str:
+        """The grammar of a constraint; empty for none.
 
         Raises:
             BadRequest: it is malformed, too long, too complex, or nothing satisfies it.
             Overloaded: too many are being compiled.
         """
-        constraint = read_constraint(body)
-        if constraint is None:
-            return ""
+        return "" if constraint is None else await self.compiled(constraint.field, constraint.grammar)
+
+    async def compiled(self, field: str, make: Callable[[], str], parts: Mapping[str, Callable[[], str]] = MappingProxyType({})) -> str:
+        """The grammar that `make` makes, once it has been compiled.
+
+        Args:
+            field: where the client has written it.
+            make: makes it.
+            parts: what it is made of, by field: if it cannot be compiled, the first of these that cannot be either is named.
+
+        Raises:
+            BadRequest, Overloaded: as `grammar`.
+        """
         if self._waiting >= MOST_WAITING:
             raise Overloaded("too many grammars wait to be compiled", RETRY_AFTER_S)
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, constraint)
-        except BadRequest as error:
-            raise BadRequest(constraint.field, error.message) from None
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, field, make, parts)
         finally:
             self._waiting -= 1
 
-    def _compile(self, constraint: Constraint) -> str:
-        grammar = grammar_of(**{constraint.kind: constraint.value})
+    def _compile(self, field: str, make: Callable[[], str], parts: Mapping[str, Callable[[], str]]) -> str:
+        try:
+            return self._checked(make)
+        except BadRequest as error:
+            for name, part in parts.items():
+                try:
+                    self._checked(part)
+                except BadRequest as fault:
+                    raise BadRequest(name, fault.message) from None
+            raise BadRequest(field, error.message) from None
+
+    def _checked(self, make: Callable[[], str]) -> str:
+        grammar = make()
         if len(grammar) > self._longest:
-            raise BadRequest(constraint.field, f"makes a grammar of {len(grammar)} characters; at most {self._longest} are allowed")
+            raise BadRequest("grammar", f"makes a grammar of {len(grammar)} characters; at most {self._longest} are allowed")
         self._grammars = self._grammars or self._make()
         self._grammars.check(grammar)
         return grammar

@@ -12,6 +12,7 @@ from .body import read_body
 from .context import Api
 from .messages import read_messages, read_values
 from .schemas import DetokenizeBody, TokenizeBody
+from .tools import read_tools
 
 router = APIRouter()
 
@@ -29,7 +30,7 @@ async def tokenize(request: Request) -> JSONResponse:
         tokens = await api.text.encode(body.prompt, body.add_special_tokens is not False, field="prompt")
     else:
         messages = read_messages(body.messages or [])
-        text = await api.text.render(messages, body.add_generation_prompt, values)
+        text = await api.text.render(messages, body.add_generation_prompt, values, read_tools(body.tools).told)
         tokens = await api.text.encode(text, body.add_special_tokens is True, field="messages")
     out: dict[str, Any] = {"count": len(tokens), "max_model_len": api.info.max_model_len, "tokens": tokens}
     if body.return_token_strs:

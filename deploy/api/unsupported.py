@@ -1,11 +1,12 @@
 """What other servers have and this one does not, refused by name; and what may be ignored without changing the answer.
 
 One table: field -> values that mean "do not use it". Anything else in such a field is a 400, because an answer that
-silently lacks what was asked for is worse than none.
+silently lacks what was asked for is worse than none. What a route has after all is none of this there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from ...worker.protocol import BadRequest
@@ -56,8 +57,12 @@ IGNORED = frozenset(
 )
 
 
-def refuse_unsupported(body: dict[str, Any]) -> dict[str, Any]:
-    """`body` without the fields that change nothing.
+# What is asked for by another name here.
+INSTEAD = {"functions": "tools", "function_call": "tool_choice"}
+
+
+def refuse_unsupported(body: dict[str, Any], fields: Container[str]) -> dict[str, Any]:
+    """`body` without the fields that change nothing, except those that are among its own `fields`.
 
     Raises:
         BadRequest: a field asks for something that is not there.
@@ -65,8 +70,8 @@ def refuse_unsupported(body: dict[str, Any]) -> dict[str, Any]:
     best_of = body.pop("best_of", None)
     if best_of is not None and best_of != body.get("n", 1):
         raise BadRequest("best_of", "is not supported unless it equals n")
-    for name in sorted(body.keys() & NEUTRAL.keys()):
+    for name in sorted(name for name in body.keys() & NEUTRAL.keys() if name not in fields):
         value = body.pop(name)
         if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
-            raise BadRequest(name, "is not supported")
-    return {name: value for name, value in body.items() if name not in IGNORED}
+            raise BadRequest(name, "is not supported" + (f"; use {INSTEAD[name]}" if name in INSTEAD else ""))
+    return {name: value for name, value in body.items() if name in fields or name not in IGNORED}

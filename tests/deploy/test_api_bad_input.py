@@ -42,7 +42,6 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64}, "seed"),
     ({"priority": 2**40}, "priority"),
     ({"stream_options": {"include_usage": True, "colour": 1}, "stream": True}, "stream_options.colour"),
-    ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"logit_processors": ["x"]}, "logit_processors"),
@@ -61,6 +60,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"prompt": "a"}, "prompt"),
 ]
 COMPLETIONS: list[tuple[dict[str, Any], str]] = [
@@ -78,6 +78,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": -1, "echo": True}, "logprobs"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"suffix": "x"}, "suffix"),
+    ({"tools": [{"type": "function"}]}, "tools"),
     ({"best_of": 3}, "best_of"),
     ({"echo": "yes"}, "echo"),
 ]

@@ -1,6 +1,7 @@
 """Bytes to checked bodies: every wrong one is a 400 with the field's path."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from quire.deploy.api.unsupported import IGNORED, NEUTRAL
 from quire.worker.protocol import BadRequest, SamplingParams
 
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def chat(**fields: object) -> ChatBody:
@@ -131,7 +133,7 @@ def test_null_means_not_given_even_for_unknown_fields() -> None:
     assert body.sampling(max_tokens=None, logprobs=None) == SamplingParams()
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(NEUTRAL.keys() - ChatBody.model_fields))
 def test_what_is_not_there_is_refused_by_name(field: str) -> None:
     with pytest.raises(BadRequest, match="not supported") as caught:
         chat(**{field: {"something": 1}})
@@ -152,7 +154,17 @@ def test_best_of_must_equal_n() -> None:
     assert caught.value.field == "best_of"
 
 
-@pytest.mark.parametrize("field", sorted(IGNORED))
+def test_a_field_that_another_route_has_is_still_not_there() -> None:
+    with pytest.raises(BadRequest, match="not supported") as caught:
+        parse(b'{"prompt": "a", "tools": [{"type": "function"}]}', CompletionBody)
+    assert caught.value.field == "tools"
+    parse(b'{"prompt": "a", "tools": [], "tool_choice": "none", "parallel_tool_calls": "x"}', CompletionBody)
+    for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        with pytest.raises(BadRequest, match=f"use {instead}"):
+            chat(**{field: {"name": "f"}})
+
+
+@pytest.mark.parametrize("field", sorted(IGNORED - ChatBody.model_fields.keys()))
 def test_what_changes_nothing_is_taken(field: str) -> None:
     chat(**{field: "anything"})
 
@@ -188,8 +200,23 @@ def test_sampling_parameters_arrive() -> None:
         ({"content": "x"}, "messages.0.role"),
         ({"role": "wizard", "content": "x"}, "messages.0.role"),
         ({"role": ["user"], "content": "x"}, "messages.0.role"),
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages.0.role"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+        ({"role": "function", "content": "x", "name": "f"}, "messages.0.role"),
+        ({"role": "tool", "content": "x"}, "messages.0.tool_call_id"),
+        ({"role": "tool", "tool_call_id": "1"}, "messages.0.content"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages.0.tool_call_id"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": CALL}, "messages.0.tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": ["f"]}, "messages.0.tool_calls.0"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "messages.0.tool_calls.0.function"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "id": 1}]}, "messages.0.tool_calls.0.id"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}, "messages.0.tool_calls.0.type"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "colour": 1}]}, "messages.0.tool_calls.0.colour"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "function": {"name": 1}}]}, "messages.0.tool_calls.0.function.name"),
+        (
+            {"role": "assistant", "tool_calls": [CALL, {**CALL, "function": {"name": "f", "arguments": {}}}]},
+            "messages.0.tool_calls.1.function.arguments",
+        ),
+        ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}, "messages.0.function_call"),
         ({"role": "user", "content": "x", "mood": "gay"}, "messages.0.mood"),
         ({"role": "user", "content": ["x"]}, "messages.0.content.0"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages.0.content.0.text"),
@@ -204,6 +231,33 @@ def test_a_wrong_message_names_the_place(message: object, field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         read_messages([message])
     assert caught.value.field == field
+
+
+def test_calls_and_what_they_gave() -> None:
+    def called(arguments: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": None, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": arguments}}]}
+
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "5"}]
+    answers = [{"role": "tool", "content": parts, "tool_call_id": "call_1"}, {"role": "tool", "content": "", "tool_call_id": "other"}]
+    assert read_messages([called('{"a": [1]}'), *answers]) == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}],
+        },
+        {"role": "tool", "content": "4\n5", "tool_call_id": "call_1", "name": "f"},
+        {"role": "tool", "content": "", "tool_call_id": "other"},
+    ]
+    for written, read in {
+        "": {},
+        '{"a": "\\ud83c\\udf39"}': {"a": "\N{ROSE}"},
+        '{"city": "Par': '{"city": "Par',  # cut off
+        "[1]": "[1]",
+        '{"a": NaN}': '{"a": NaN}',
+        '{"a": "\\ud83c"}': '{"a": "\\ud83c"}',
+        '{"a":' * 100_000: '{"a":' * 100_000,
+    }.items():
+        assert read_messages([called(written)])[0]["tool_calls"][0]["function"]["arguments"] == read
 
 
 def test_messages_become_role_and_text() -> None:

@@ -26,7 +26,8 @@ class TextOptions:
         stop: strings that end the text. The one that is completed first counts, and among those the longest.
         include_stop: keep the stop string in the text.
         min_tokens: a stop string that is completed before this many tokens is ordinary text.
-        skip_special_tokens: control tokens give no text.
+        skip_special_tokens: control tokens give no text,
+        but_show: except these.
         continues: the text continues another (a completion), so a first space stays, which SentencePiece would drop.
     """
 
@@ -34,6 +35,7 @@ class TextOptions:
     include_stop: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    but_show: frozenset[int] = frozenset()
     continues: bool = False
 
 
@@ -56,8 +58,8 @@ class TextStream:
         self.stopped: StopMatch | None = None
         self.offsets: list[int] = []
         self._pieces = tokenizer.pieces
-        self._texts = tokenizer.shown_texts if options.skip_special_tokens else tokenizer.texts
-        self._hidden = tokenizer.special_ids if options.skip_special_tokens else frozenset()
+        self._texts = tokenizer.texts_showing(options.but_show) if options.skip_special_tokens else tokenizer.texts
+        self._hidden = tokenizer.special_ids - options.but_show if options.skip_special_tokens else frozenset()
         self._options = options
         self._decoder = _utf8("replace")
         self._partial = False  # the decoder holds the beginning of a character

@@ -76,15 +76,16 @@ def _made(kind: str, value: Any) -> str:
         if not any(value):
             raise BadRequest(kind, "must hold at least one text that is not empty")
         # Lark's strings are written as JSON's; with the rest as \u escapes, since its lexer knows few characters beyond ASCII.
-        return _lark("start: " + " | ".join(map(json.dumps, dict.fromkeys(value))))
+        return from_lark("start: " + " | ".join(map(json.dumps, dict.fromkeys(value))))
     if not isinstance(value, str) or not value.strip():
         raise BadRequest(kind, "must be a text, and not empty")
     if kind == "regex":
         return _matcher_class().grammar_from_regex(value)
-    return _from_gbnf(value) if "::=" in value else _lark(value)
+    return _from_gbnf(value) if "::=" in value else from_lark(value)
 
 
-def _lark(text: str) -> str:
+def from_lark(text: str) -> str:
+    """The grammar that is written so in llguidance's variant of Lark's notation."""
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
 
 

@@ -15,6 +15,7 @@ from .chat_template import NOTHING, ChatTemplate
 from .gguf_header import read_header
 from .gguf_tokenizer import backend_from_gguf, special_token
 from .pieces import UnsupportedTokenizer, pieces_of
+from .tool_format import ToolFormat
 
 _GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -33,12 +34,14 @@ class Tokenizer:
         drops_first_space: a text's first space is not shown (SentencePiece).
     """
 
-    def __init__(self, backend: Backend, special_tokens: dict[str, str], template: str | None) -> None:
-        """Args: the model's tokenizer, its special tokens by role (`bos_token`, ...), and the source of its chat template."""
+    def __init__(self, backend: Backend, special_tokens: dict[str, str], template: str | None, tool_template: str | None = None) -> None:
+        """Args: the model's tokenizer, its special tokens by role (`bos_token`, ...), the source of its chat template, and of the one that
+        it has for conversations with tools, if that is another one."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._template = ChatTemplate(template, special_tokens)
+        self._tool_template = ChatTemplate(tool_template, special_tokens) if tool_template is not None else self._template
         self.pieces, self.drops_first_space = pieces_of(backend)
         self.vocab_size = len(self.pieces)
         self.max_token_bytes = max(map(len, self.pieces), default=1)
@@ -49,11 +52,37 @@ class Tokenizer:
         self.shown_texts = list(self.texts)
         for token in self.special_ids:
             self.shown_texts[token] = ""
+        self._texts_showing: dict[frozenset[int], list[str | None]] = {frozenset(): self.shown_texts}
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return self._template.exists
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model's own chat template shows tools; otherwise they are put in words."""
+        return self._tool_template.knows_tools
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools, as far as its chat template says; None where that is no format that can be read."""
+        return self._tool_template.tool_format
+
+    def texts_showing(self, tokens: frozenset[int]) -> list[str | None]:
+        """`shown_texts`, but with the texts of these special tokens."""
+        texts = self._texts_showing.get(tokens)
+        if texts is None:
+            texts = list(self.shown_texts)
+            for token in tokens:
+                texts[token] = self.texts[token]
+            self._texts_showing[tokens] = texts
+        return texts
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so."""
+        token = self._id(text)
+        return token if token in self.special_ids else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it become those tokens, as in transformers."""
@@ -70,14 +99,19 @@ class Tokenizer:
         return text[1:] if self.drops_first_space and text.startswith(" ") else text
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, values: Mapping[str, Any] = NOTHING
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        values: Mapping[str, Any] = NOTHING,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> str:
         """The conversation as the text that the model continues; encode it without special tokens. Arguments as of `ChatTemplate.render`.
 
         Raises:
             BadRequest: the model has no template, or the template rejects the messages.
         """
-        return self._template.render(messages, add_generation_prompt, values)
+        template = self._tool_template if tools else self._template
+        return template.render(messages, add_generation_prompt, values, tools)
 
     def token_bytes(self, token: int) -> bytes:
         """The token's bytes; a part of a character is possible, and so is nothing."""
@@ -109,13 +143,13 @@ def _from_gguf(path: Path) -> Tokenizer:
     if kind != "gpt2":
         raise UnsupportedTokenizer(f"GGUF tokenizer {kind!r} is not supported ('gpt2' and 'llama' are)")
     backend = backend_from_gguf(metadata)
-    template = metadata.get("tokenizer.chat_template")
+    template, tool_template = (_text(metadata.get(f"tokenizer.chat_template{which}")) for which in ("", ".tool_use"))
     special_tokens = {}
     for role, which in _GGUF_ROLES.items():
         token = special_token(metadata, which)
         if token is not None:
             special_tokens[role] = metadata["tokenizer.ggml.tokens"][token]
-    return Tokenizer(backend, special_tokens, template if isinstance(template, str) else None)
+    return Tokenizer(backend, special_tokens, template, tool_template)
 
 
 def _from_transformers(directory: Path, **which: str) -> Tokenizer:
@@ -124,11 +158,13 @@ def _from_transformers(directory: Path, **which: str) -> Tokenizer:
     loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **which)
     if not loaded.is_fast:
         raise UnsupportedTokenizer(f"{type(loaded).__name__} has no `tokenizers` form (tokenizer.json), which is needed")
-    template = loaded.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    templates = loaded.chat_template if isinstance(loaded.chat_template, dict) else {"default": loaded.chat_template}
     special_tokens = dict(loaded.special_tokens_map)
-    return Tokenizer(loaded.backend_tokenizer, special_tokens, template)
+    return Tokenizer(loaded.backend_tokenizer, special_tokens, templates.get("default"), templates.get("tool_use"))
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _whole(piece: bytes) -> str | None:
