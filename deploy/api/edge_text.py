@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ...worker.protocol import BadRequest
 from ...worker.text.chat_template import NOTHING
 from ...worker.text.tokenizer import Tokenizer
 from .errors import ApiError
@@ -71,7 +72,10 @@ class EdgeText:
         for i, message in enumerate(messages):
             self._must_fit(message["content"], f"messages.{i}.content")
         if tools:
-            self._must_fit(json.dumps(tools, ensure_ascii=False), "tools")
+            try:
+                self._must_fit(json.dumps(tools, ensure_ascii=False), "tools")
+            except RecursionError:
+                raise BadRequest("tools", "are nested too deeply") from None
         return await self._in_thread(lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt, values, tools))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:

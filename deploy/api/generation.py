@@ -149,14 +149,18 @@ class Generation:
         return delta if self._parsers is None else self._with_calls(delta, self._parsers[output.choice])
 
     def _with_calls(self, delta: ChoiceDelta, parser: ToolParser) -> ChoiceDelta:
-        """The delta with calls told from its text."""
+        """The delta with calls told from its text. With the only call that is wanted it ends, wherever the engine may be by now."""
         pieces = parser.push(delta.text) + (parser.finish() if delta.finish is not None else [])
         text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         calls = tuple(piece for piece in pieces if not isinstance(piece, Content))
-        finish = FinishReason.STOP if parser.done else delta.finish
+        logprobs, finish = delta.logprobs, delta.finish
+        if parser.done:
+            finish = FinishReason.STOP
+            unused = self._choices[delta.choice].end_before(parser.unread) if parser.unread else 0
+            logprobs = logprobs[: len(logprobs) - unused] if logprobs is not None else None
         if finish == FinishReason.STOP and parser.calls:
             finish = self._shown.called
-        return delta._replace(text=text, calls=calls, finish=finish)
+        return delta._replace(text=text, calls=calls, logprobs=logprobs, finish=finish)
 
     async def _end(self, output: SequenceOutput) -> None:
         """A choice has ended; by a stop string, or with the only call that is wanted, the engine does not know of it yet."""

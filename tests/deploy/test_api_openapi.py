@@ -160,7 +160,16 @@ def test_messages(scripted: ServerThread) -> None:
     parts = [{"type": "text", "text": "a", "cache_control": {}}]
     assert shape.is_valid([{"role": "system", "content": "a"}, {"role": "developer", "content": parts, "name": "x"}])
     assert shape.is_valid([{"role": "assistant", "content": None, "tool_calls": [], "audio": None, "colour": None}])
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "tool_calls": [call, {**call, "type": None, "index": 1}]}
+    answered = {"role": "tool", "tool_call_id": "1", "content": parts}
+    assert shape.is_valid([called, answered])
+    assert httpx.post(scripted.url + CHAT, json={"messages": [called, answered], "max_tokens": 1}, timeout=WAIT_S).status_code == 200
     for wrong in (
+        {"role": "tool", "tool_call_id": 5, "content": "a"},
+        {"role": "user", "content": "a", "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": [{**call, "id": None}]},
+        {"role": "assistant", "tool_calls": [{**call, "function": {"name": "f", "arguments": {}}}]},
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "tool", "content": "a"},
@@ -171,6 +180,45 @@ def test_messages(scripted: ServerThread) -> None:
     ):
         assert not shape.is_valid([wrong]), wrong
         assert httpx.post(scripted.url + CHAT, json={"messages": [wrong]}, timeout=WAIT_S).status_code == 400
+
+
+def test_tools(scripted: ServerThread) -> None:
+    shape = Draft202012Validator(asked(scripted, CHAT))
+    tool: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "f", "description": None, "parameters": {"type": "object"}, "strict": True},
+    }
+    named = {"type": "function", "function": {"name": "f"}}
+    for fields in ({}, {"tool_choice": "required"}, {"tool_choice": named, "parallel_tool_calls": False}, {"tool_choice": None}):
+        body = {"messages": HELLO, "tools": [tool], "max_tokens": 1, **fields}
+        assert httpx.post(scripted.url + CHAT, json=body, timeout=WAIT_S).status_code == 200
+        shape.validate(body)
+    for wrong in (
+        {"tools": [{**tool, "type": "custom"}]},
+        {"tools": [{**tool, "colour": 1}]},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+        {"tools": [tool] * 129},
+        {"tools": [tool], "tool_choice": "always"},
+        {"tools": [tool], "tool_choice": {"type": "function"}},
+    ):
+        assert httpx.post(scripted.url + CHAT, json={"messages": HELLO, **wrong}, timeout=WAIT_S).status_code == 400
+        assert not shape.is_valid({"messages": HELLO, **wrong}), wrong
+
+
+def test_calls_are_of_the_documented_shape(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
+    script.script = (*tokenizer.encode('So:<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'), tokenizer.eos_token_id or 0)
+    told = document(scripted)
+    for more in ({}, {"logprobs": True, "top_logprobs": 1}):
+        body = {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}], **more}
+        whole = httpx.post(scripted.url + CHAT, json=body, timeout=WAIT_S)
+        assert whole.json()["choices"][0]["message"]["tool_calls"]
+        check_answer(scripted, whole, CHAT)
+        streamed = httpx.post(scripted.url + CHAT, json={**body, "stream": True}, timeout=WAIT_S)
+        lines = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: {")]
+        assert any("tool_calls" in line for line in lines)
+        for line in lines:
+            check_shape(told, told["components"]["schemas"]["ChatCompletionChunk"], json.loads(line))
 
 
 def test_answers_are_of_the_documented_shape(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:

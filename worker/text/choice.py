@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -65,3 +66,9 @@ class ChoiceText:
         offsets = tuple(stream.offsets[before:])
         offsets += (self._chars,) * (count - len(offsets))  # a stop token that is not shown
         return Gain(text, output.tokens[:count], output.logprobs[:count], offsets, finish, reason)
+
+    def end_before(self, chars: int) -> int:
+        """The text has ended before the last so many characters. The tokens that begin there do not count; says how many they are."""
+        used = bisect_left(self._stream.offsets, self._chars - chars)
+        unused, self.tokens = self.tokens - used, used
+        return unused

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..protocol import BadRequest
 from .grammar import BLANKS, from_lark
 from .tool_format import ToolFormat
 
@@ -14,7 +15,6 @@ MOST_CALLS = 16  # in one answer; without a bound a weak model may call until `m
 
 # With one of these a schema may name properties elsewhere than in its own `properties`.
 _ELSEWHERE = frozenset("$ref $dynamicRef allOf anyOf oneOf if then else dependentSchemas patternProperties unevaluatedProperties".split())
-_TEXT = r"TEXT: /(.|\n)*/"
 
 
 class ToolSchema(NamedTuple):
@@ -42,28 +42,50 @@ def calls_grammar(
         single: of one call.
         or_text: of any text, in which what opens calls is followed by calls.
         or_json: of calls, or else of JSON of this schema.
+
+    Raises:
+        BadRequest: a schema is nested too deeply.
     """
-    if or_text and format.bare:
-        # What begins like a call is one. The marker is a special token, which text has none of, or text like any other.
-        start = [r"start: calls | TEXT?", r"TEXT: /[ \t\r\n]*[^{ \t\r\n](.|\n)*/"]
-    elif or_text:
-        start = ["start: (head calls)* TEXT", _TEXT, _head(format.marker, special)]
-    elif or_json is not None:
-        start = ["start: calls | answer", f"answer: %json {_json(_guided(or_json))}"]
+    headed = or_text and not format.bare
+    rules = [*_start(format, special, or_text, or_json), _calls(format, special, headed, single)]
+    return from_lark("\n".join(rules + _call(format, tools, among_json=or_json is not None and format.bare)))
+
+
+def _start(format: ToolFormat, special: Mapping[str, int], or_text: bool, or_json: Mapping[str, Any] | None) -> list[str]:
+    """What the whole answer is."""
+    if or_json is not None:
+        return ["start: calls | answer", f"answer: %json {_json(_guided(or_json))}"]
+    if not or_text:
+        return ["start: calls"]
+    if format.bare:  # what begins like a call is one
+        return ["start: calls | TEXT?", r"TEXT: /[ \t\r\n]*[^{ \t\r\n](.|\n)*/"]
+    if format.marker in special:  # which text has none of
+        head = f"head: TEXT {_written(format.marker, special)}"
     else:
-        start = ["start: calls"]
-    opened = or_text and not format.bare
-    opening = " | ".join(_written(each.removeprefix(format.marker) if opened else each, special) for each in format.opening)
-    several = format.between is not None and not single and not (opened and format.end)  # there each has a head of its own
-    more = f" ({_written(format.between or '', special)} call){{0,{MOST_CALLS - 1}}}" if several else ""
-    rules = [
-        f"calls: ({opening}) call{more} {_written(format.closing, special)}",
-        f'call: {_quoted(chr(123) + _json("name") + ": ")} ({" | ".join(f"tool_{i}" for i in range(len(tools)))}) "}}"',
-    ]
+        head = f"head[lazy]: TEXT {_quoted(format.marker)}"
+    return ["start: (head calls)* TEXT", r"TEXT: /(.|\n)*/", head]
+
+
+def _calls(format: ToolFormat, special: Mapping[str, int], headed: bool, single: bool) -> str:
+    """The calls with what stands around them; `headed`: behind the marker."""
+    opening = " | ".join(_written(each.removeprefix(format.marker) if headed else each, special) for each in format.opening)
+    more = ""
+    if format.between is not None and not single and not (headed and format.end):  # there each has a head of its own
+        more = f"({_written(format.between, special)} call){{0,{MOST_CALLS - 1}}}"
+    return f"calls: ({opening}) call {more} {_written(format.closing, special)}"
+
+
+def _call(format: ToolFormat, tools: Sequence[ToolSchema], among_json: bool) -> list[str]:
+    """A call's own JSON: as models were trained to write it, or, where it may be other JSON as well, in the same lexemes and blanks."""
+    blank = " WS? " if among_json else '" "'
+    quoted = [_quoted(_json(name)) for name in ("name", format.arguments)]
+    rules = [rf"WS: /{BLANKS}/"] if among_json else []
+    rules.append(f'call: "{{" {quoted[0]} ":" {blank} ({" | ".join(f"tool_{i}" for i in range(len(tools)))}) "}}"')
     for i, tool in enumerate(tools):
-        begun = f"{_json(tool.name)}, {_json(format.arguments)}: "
-        rules.append(f"tool_{i}: {_quoted(begun)} %json {_json(arguments_schema(tool.schema))}")
-    return from_lark("\n".join([*start, *rules]))
+        rules.append(
+            f'tool_{i}: {_quoted(_json(tool.name))} "," {blank} {quoted[1]} ":" {blank} %json {_json(arguments_schema(tool.schema))}'
+        )
+    return rules
 
 
 def arguments_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,11 +98,6 @@ def arguments_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _guided(schema: Mapping[str, Any]) -> dict[str, Any]:
     """With the same blanks as in every JSON here, unless it has its own settings."""
     return {"x-guidance": {"whitespace_pattern": BLANKS}, **schema}
-
-
-def _head(marker: str, special: Mapping[str, int]) -> str:
-    """Text up to the marker that opens calls."""
-    return f"head: TEXT {_written(marker, special)}" if marker in special else f"head[lazy]: TEXT {_quoted(marker)}"
 
 
 def _written(text: str, special: Mapping[str, int]) -> str:
@@ -97,4 +114,7 @@ def _quoted(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise BadRequest("grammar", "is nested too deeply") from None

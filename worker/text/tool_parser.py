@@ -86,11 +86,13 @@ class ToolParser:
     Attributes:
         calls: how many have begun.
         done: a single call is complete, so the answer has ended; what follows is dropped.
+        unread: how many characters that was, of the text that came last.
     """
 
     def __init__(self, reading: CallReading) -> None:
         self.calls = 0
         self.done = False
+        self.unread = 0
         self._reading = reading
         self._pieces: list[Piece] = []
         self._arguments: list[str] = []  # of the call that has begun; not yet in `_pieces`
@@ -105,8 +107,9 @@ class ToolParser:
         """What this further text makes certain."""
         if self._idle and text and text[-1] not in BLANKS and self._markers.starts.isdisjoint(text):
             return [Content(text)]  # as nearly all content is
-        for char in text:
+        for place, char in enumerate(text):
             if self.done:
+                self.unread = len(text) - place
                 break
             self._reader.send(char)
         return self._certain()
@@ -176,10 +179,9 @@ class ToolParser:
             yield from self._take()
             yield from self._blanks()
         while (yield from self._call()):
-            self._closed = not self._reading.format.end
-            self.done = self._reading.single
             if self.done:
                 return
+            self._closed = not self._reading.format.end
             yield from self._blanks()
             if listed and self._char == "]":
                 self._held.clear()
@@ -214,6 +216,7 @@ class ToolParser:
             self._held.clear()
         else:
             self._give_up()
+        self.done = self._reading.single
         if fits:
             self._char = yield
         return True

@@ -201,7 +201,9 @@ def test_a_single_call_ends_the_answer() -> None:
     parser = ToolParser(CallReading(HERMES, NAMES, single=True))
     assert parser.push("a" + wrapped(F)[:-1]) == [Content("a"), Call(0, "f"), Arguments(0, "{}")]
     assert parser.done
+    assert parser.unread == len("\n</tool_call")
     assert parser.push(wrapped(F)) == []
+    assert parser.unread == len(wrapped(F))
     assert parser.finish() == []
 
 
