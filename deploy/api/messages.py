@@ -20,7 +20,7 @@ HARMLESS = ("name", "annotations", "reasoning", "reasoning_content")
 
 
 def read_messages(raw: list[Any]) -> list[dict[str, Any]]:
-    """Checked messages. Those of tools have a name, too, where an earlier call has the id that they answer.
+    """Checked messages. Those of tools have a name, too, which some templates want: that of the call that they answer, or else their own.
 
     Raises:
         BadRequest: with the path of what is wrong, for example `messages.2.content.0.type`.
@@ -72,6 +72,8 @@ def _message(path: str, message: Any) -> dict[str, Any]:
         return {**read, "tool_calls": calls} if calls else read
     if role == "tool":
         read["tool_call_id"] = _string(f"{path}.tool_call_id", message.get("tool_call_id"))
+        if isinstance(message.get("name"), str):
+            read["name"] = message["name"]
     return read
 
 

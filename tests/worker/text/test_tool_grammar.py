@@ -104,6 +104,19 @@ def test_calls_and_nothing_else(model: Model) -> None:
     assert not model.fits(grammar, model.written(*(GOOD[3:] * (MOST_CALLS + 1))))
 
 
+def test_what_is_forced_is_written_in_the_model_s_own_tokens(model: Model) -> None:
+    matcher, forced = model.grammars.matcher(model.grammar(TOOLS[:1])), list[int]()
+    while (allowed := np.flatnonzero(np.unpackbits(model.grammars.masks([matcher])[0].view(np.uint8), bitorder="little"))).size == 1:
+        forced.append(int(allowed[0]))
+        matcher.consume_token(forced[-1])
+    if model.format.name == "mistral":
+        assert forced == [model.special["[TOOL_CALLS]"]], "what follows may begin with a space"
+    else:
+        own = model.tokenizer.encode(model.written(("get_weather", '{"')))
+        assert len(forced) > 8
+        assert forced == own[: len(forced)]
+
+
 def test_text_or_calls(model: Model) -> None:
     grammar = model.grammar(or_text=True)
     assert all(model.fits(grammar, text) for text in ("", "Hello\nworld", "a < b [ {", model.written(GOOD[0])))
