@@ -17,6 +17,9 @@ HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+ANSWER = {"role": "tool", "content": "", "tool_call_id": "x"}
+
+
 def chat(**fields: object) -> ChatBody:
     return parse(json.dumps({"messages": HELLO, **fields}).encode(), ChatBody)
 
@@ -238,7 +241,10 @@ def test_calls_and_what_they_gave() -> None:
         return {"role": "assistant", "content": None, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": arguments}}]}
 
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "5"}]
-    answers = [{"role": "tool", "content": parts, "tool_call_id": "call_1"}, {"role": "tool", "content": "", "tool_call_id": "x", "name": "g"}]
+    answers = [
+        {"role": "tool", "content": parts, "tool_call_id": "call_1"},
+        {**ANSWER, "name": "g"},
+    ]
     assert read_messages([called('{"a": [1]}'), *answers]) == [
         {
             "role": "assistant",
@@ -246,7 +252,7 @@ def test_calls_and_what_they_gave() -> None:
             "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}],
         },
         {"role": "tool", "content": "4\n5", "tool_call_id": "call_1", "name": "f"},
-        {"role": "tool", "content": "", "tool_call_id": "x", "name": "g"},
+        {**ANSWER, "name": "g"},
     ]
     for written, read in {
         "": {},

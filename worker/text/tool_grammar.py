@@ -48,7 +48,7 @@ def calls_grammar(
     """
     headed = or_text and not format.bare
     rules = [*_start(format, special, or_text, or_json), _calls(format, special, headed, single)]
-    return from_lark("\n".join(rules + _call(format, tools, among_json=or_json is not None and format.bare)))
+    return from_lark("\n".join(rules + _call(format, tools)))
 
 
 def _start(format: ToolFormat, special: Mapping[str, int], or_text: bool, or_json: Mapping[str, Any] | None) -> list[str]:
@@ -75,16 +75,12 @@ def _calls(format: ToolFormat, special: Mapping[str, int], headed: bool, single:
     return f"calls: ({opening}) call {more} {_written(format.closing, special)}"
 
 
-def _call(format: ToolFormat, tools: Sequence[ToolSchema], among_json: bool) -> list[str]:
-    """A call's own JSON: as models were trained to write it, or, where it may be other JSON as well, in the same lexemes and blanks."""
-    blank = " WS? " if among_json else '" "'
-    quoted = [_quoted(_json(name)) for name in ("name", format.arguments)]
-    rules = [rf"WS: /{BLANKS}/"] if among_json else []
-    rules.append(f'call: "{{" {quoted[0]} ":" {blank} ({" | ".join(f"tool_{i}" for i in range(len(tools)))}) "}}"')
+def _call(format: ToolFormat, tools: Sequence[ToolSchema]) -> list[str]:
+    """A call's own JSON, as models were trained to write it. In the lexemes of JSON, so that it can be told from another one late."""
+    name, arguments = (_quoted(_json(key)) for key in ("name", format.arguments))
+    rules = [f'call: "{{" {name} ":" " " ({" | ".join(f"tool_{i}" for i in range(len(tools)))}) "}}"']
     for i, tool in enumerate(tools):
-        rules.append(
-            f'tool_{i}: {_quoted(_json(tool.name))} "," {blank} {quoted[1]} ":" {blank} %json {_json(arguments_schema(tool.schema))}'
-        )
+        rules.append(f'tool_{i}: {_quoted(_json(tool.name))} "," " " {arguments} ":" " " %json {_json(arguments_schema(tool.schema))}')
     return rules
 
 

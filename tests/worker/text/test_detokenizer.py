@@ -165,3 +165,14 @@ def test_sentencepiece_text_equals_its_own_decoder(sentencepiece: Tokenizer, tok
 def test_a_completion_keeps_the_space_that_sentencepiece_drops(sentencepiece: Tokenizer) -> None:
     assert run(sentencepiece, [[3, 4]], TextOptions(continues=True))[0] == " there"
     assert run(sentencepiece, [[3, 4]], TextOptions())[0] == "there"
+
+
+def test_special_tokens_that_are_shown_nevertheless(smollm2: Tokenizer) -> None:
+    """Also behind half a character, which takes another way through the code."""
+    shown, hidden = sorted(smollm2.special_ids)[:2]
+    half = smollm2.encode("\N{ROSE}")[:1]
+    stream = TextStream(smollm2, TextOptions(but_show=frozenset({shown})))
+    assert stream.push([shown, hidden]) == smollm2.token_text(shown)
+    assert stream.push([*half, hidden]) == ""
+    assert stream.push([shown]) == "\ufffd" + smollm2.token_text(shown)
+    assert smollm2.shown_texts[shown] == "", "for other streams it is hidden"

@@ -68,6 +68,8 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     (HERMES, f"<tool_call>[{W}, {F}]</tool_call>", "", [("get_weather", PARIS), ("f", "{}")]),
     (HERMES, f"<tool_call>{W}\n{F}</tool_call>", "", [("get_weather", PARIS), ("f", "{}")]),
     (HERMES, f"<tool_call>{F}<tool_call>{F}", "", [("f", "{}"), ("f", "{}")]),
+    (HERMES, f"<tool_call>{F}<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", [("f", "{}")]),
+    (HERMES, wrapped(F) + " </tool_call>", " </tool_call>", [("f", "{}")]),
     (HERMES, "<<tool_call" + wrapped(F), "<<tool_call", [("f", "{}")]),
     (HERMES, wrapped(F + "}"), "}", [("f", "{}")]),  # a bracket too many
     (HERMES, wrapped('{"name": "f", "arguments": {} ?'), " ?", [("f", "{}")]),
