@@ -17,9 +17,6 @@ HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
-ANSWER = {"role": "tool", "content": "", "tool_call_id": "x"}
-
-
 def chat(**fields: object) -> ChatBody:
     return parse(json.dumps({"messages": HELLO, **fields}).encode(), ChatBody)
 
@@ -243,7 +240,7 @@ def test_calls_and_what_they_gave() -> None:
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "5"}]
     answers = [
         {"role": "tool", "content": parts, "tool_call_id": "call_1"},
-        {**ANSWER, "name": "g"},
+        {"role": "tool", "content": "", "tool_call_id": "x", "name": "g"},
     ]
     assert read_messages([called('{"a": [1]}'), *answers]) == [
         {
@@ -252,7 +249,7 @@ def test_calls_and_what_they_gave() -> None:
             "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}],
         },
         {"role": "tool", "content": "4\n5", "tool_call_id": "call_1", "name": "f"},
-        {**ANSWER, "name": "g"},
+        {"role": "tool", "content": "", "tool_call_id": "x", "name": "g"},
     ]
     for written, read in {
         "": {},
