@@ -144,6 +144,9 @@ class ServerOptions:
     api_key: tuple[str, ...] = option((), "key that clients must send as a bearer token; repeatable", kind="list")
     ingresses: int = option(1, "HTTP server processes that share the port")
     api_key_file: str | None = option(None, "file with one key a line, or a YAML file of tenants with their keys, weights and limits")
+    allowed_origin: tuple[str, ...] = option(
+        (), "origin (https://app.example.com; * for any) whose web pages may call the API from a browser; repeatable", kind="list"
+    )
     max_body: int = option(4 * 2**20, "largest request body in bytes", kind="bytes")
     tool_call_format: str = option(
         "auto",

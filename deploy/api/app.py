@@ -17,7 +17,7 @@ from ...worker.text.tokenizer import Tokenizer
 from ...worker.tracing import Tracing
 from ..metrics import Metrics
 from ..tenants_file import load_tenants
-from . import chat, completions, errors, info_routes, openapi, text_routes
+from . import chat, completions, cross_origin, errors, info_routes, openapi, text_routes
 from .auth import RequireKey
 from .context import Api
 from .edge_text import EdgeText
@@ -35,7 +35,7 @@ def create_app(
     scripts from elsewhere, and a key.
 
     Raises:
-        ValueError, OSError: the API keys, the collector of traces or the format of calls cannot be used.
+        ValueError, OSError: the API keys, the collector of traces, the format of calls or the allowed origins cannot be used.
     """
     keys, _ = load_tenants(options)
     tracing = Tracing(options.otlp_endpoint, {"service.instance.id": f"ingress-{os.getpid()}"}) if options.otlp_endpoint else None
@@ -70,4 +70,5 @@ def create_app(
     app.add_middleware(RequireKey, keys=keys)
     app.add_middleware(StrictRequest)
     app.add_middleware(CountRequests, metrics=api.metrics)
+    cross_origin.allow(app, options.allowed_origin)
     return app
