@@ -13,10 +13,10 @@ TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow lint kernels bench clean
+.PHONY: help setup serve test test-slow pretend-gpu lint kernels bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo '  Variables: ARGS="--port 9000 ..." (serve, test, bench), TORCH=torch==2.11.0, TORCH_INDEX=URL, PYTHON=python3.12'
 
 setup: $(STAMP)  ## make .venv, or refresh it
@@ -32,6 +32,9 @@ test: $(STAMP)  ## run all tests but the slow ones (ARGS are pytest's: with them
 
 test-slow: $(STAMP)  ## run the slow tests (ARGS as for test)
 	@$(BIN)/python -m pytest -m 'slow and not gpu' $(or $(ARGS),$(TWO))
+
+pretend-gpu: $(STAMP)  ## run the tests for a GPU on a pretended one (ARGS as for test)
+	@$(BIN)/python -m pytest -m gpu --pretend-gpu $(or $(ARGS),$(TWO))
 
 lint: $(STAMP)  ## style, types, import contracts
 	@echo 'ruff' && $(BIN)/ruff check --quiet .

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,10 +24,24 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`-m gpu --pretend-gpu` runs the tests for a GPU where there is none."""
+    parser.addoption("--pretend-gpu", action="store_true", help="a GPU of Triton's interpreter and NumPy (tests/kernels/pretend_gpu.py)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Kernel tests run in Triton's interpreter unless the GPU ones were asked for; Triton must know before it is imported."""
-    if config.option.markexpr != "gpu":
+    if config.option.markexpr != "gpu" or config.option.pretend_gpu:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.option.pretend_gpu:
+        sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+        import interpreter
+        from pretend_gpu import pretended
+
+        interpreter.install()
+        gpu = pretended()
+        gpu.__enter__()
+        config.add_cleanup(lambda: gpu.__exit__(None, None, None))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -14,10 +14,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from disturbing import swap_at_random
 from ranks import WAIT_S, ranks, tiny_options
 from test_engine import prompt
 from test_migration_links import Cluster, verified
-from test_swapping import swap_at_random
 from tiny_models import SIZES, random_model
 from transformers import LlamaConfig
 

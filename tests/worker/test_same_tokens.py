@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from disturbing import swap_at_random
 from same_tokens_reference import LONG_CONTEXTS, NEW_TOKENS, QUESTIONS, Reference, prompts_of, recorded
-from test_swapping import swap_at_random
 
 from quire import LLM, SamplingParams
 

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
+from disturbing import swap_at_random
 from test_engine import engine, prompt, submit
 from test_scheduler import tokens
-from test_swapping import swap_at_random
 from tiny_models import SIZES, random_model
 from transformers import LlamaConfig
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from disturbing import swap_at_random
 from paged_memory import PagedMemory, expected_output, hash_engine
 from test_scheduler import request, run, tokens
 
@@ -174,19 +175,6 @@ def test_a_page_that_is_copied_on_write_leaves_with_what_it_was_to_hold() -> Non
     outputs += [o for some in run(engine).values() for o in some]
     for k in range(2):
         assert tokens([o for o in outputs if o.choice == k]) == expected_output(prompt, sequence_seed(1, k), 6, ignore_eos=True)
-
-
-def swap_at_random(engine: Engine, draw: random.Random, often: float) -> None:
-    """Between two steps: somebody who runs goes to host memory, or to disk, if there is room."""
-    scheduler = engine.scheduler
-    for s in [s for s in scheduler.running if s.num_computed and draw.random() < often]:
-        if s.params.prompt_logprobs is not None:
-            continue
-        contents = scheduler.contents(s)
-        if scheduler.disk.holds(len(contents)) and draw.random() < 0.5:
-            scheduler._suspend(s)
-        elif scheduler.host.lacks(contents) is not None:
-            scheduler._swap_out(s)
 
 
 @pytest.mark.parametrize("seed", range(40))
