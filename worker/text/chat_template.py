@@ -84,9 +84,9 @@ class ChatTemplate:
         told = uses_tools(messages, tools) and not self.knows_tools
         takes_parts = self._takes_parts and not told
         plain = [{**message, "content": _content(i, message.get("content"), takes_parts)} for i, message in enumerate(messages)]
-        if self.tool_format is not None and self.tool_format.id_length:
-            plain = with_short_ids(plain, self.tool_format.id_length)
         try:
+            if self.tool_format is not None and self.tool_format.id_length:
+                plain = with_short_ids(plain, self.tool_format.id_length)
             if told:
                 return self._run(self._template, in_words(plain, tools), add_generation_prompt, values)
             return self._run(self._template, plain, add_generation_prompt, values, tools)

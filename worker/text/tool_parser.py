@@ -22,6 +22,7 @@ from .stops import StopStrings, stop_strings
 from .tool_format import ToolFormat
 
 BLANKS = frozenset(" \t\r\n")
+NAMES = ("name", "function")  # the second where a small Llama confuses its format with OpenAI's
 ARGUMENTS = ("arguments", "parameters")
 OTHERS = ("type", "id")  # keys that some models write, too; their values are texts
 
@@ -224,7 +225,7 @@ class ToolParser:
     def _member(self, draft: _Draft) -> Reader:
         """Reads a key and its value; whether a call can have them."""
         key = yield from self._key()
-        if key == "name" and draft.name is None:
+        if key in NAMES and draft.name is None:
             name = yield from self._string()
             if name not in self._reading.names:
                 return False

@@ -92,6 +92,7 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     (LLAMA3_JSON, f" \n{LW}; {LF}", "", [("get_weather", PARIS), ("f", "{}")]),
     (LLAMA3_JSON, f"So: <|python_tag|>{LW}<|python_tag|>{LF}", "So:", [("get_weather", PARIS), ("f", "{}")]),
     (LLAMA3_JSON, '{"type": "function", "name": "f", "parameters": {}}', "", [("f", "{}")]),
+    (LLAMA3_JSON, '{"type": "function", "function": "f", "parameters": {}}', "", [("f", "{}")]),
     (LLAMA3_JSON, '{"name": "Ann", "age": 41}', '{"name": "Ann", "age": 41}', []),
     (LLAMA3_JSON, '  {"age": 41, "name": "f"}', '  {"age": 41, "name": "f"}', []),
     (LLAMA3_JSON, f"So: {LF}", f"So: {LF}", []),
