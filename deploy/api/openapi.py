@@ -264,7 +264,9 @@ def _tool() -> Schema:
 
 def _tool_choice() -> Schema:
     named = _object({"type": {"const": "function"}, "function": _object({"name": _STRING}, "name")}, "type", "function")
-    return {"anyOf": [{"enum": [choice.value for choice in Choice if choice is not Choice.NAMED]}, named]}
+    allowed = _object({"mode": {"enum": ["auto", "required"]}, "tools": _array(named, 1)}, "mode", "tools")
+    several = _object({"type": {"const": "allowed_tools"}, "allowed_tools": allowed}, "type", "allowed_tools")
+    return {"anyOf": [{"enum": [choice.value for choice in Choice if choice is not Choice.NAMED]}, named, several]}
 
 
 def _body(of: type[Strict], bounded: dict[str, Schema]) -> Schema:

@@ -68,11 +68,11 @@ class ToolCalls:
             return await grammars.grammar(constraint)
         if constraint is not None and not constraint.field.startswith("response_format"):
             raise BadRequest(constraint.field, "is not possible together with tools")
-        if constraint is None and not use.forced and not any(tool.strict for tool in use.callable):
+        bound = {tool.name: tool for tool in use.callable if use.forced or tool.strict}
+        if constraint is None and not bound:
             return ""
         answers = None if use.forced else constraint  # a call leaves no text that could have a format
-        bound = [tool for tool in use.callable if use.forced or tool.strict]
-        schemas = [ToolSchema(tool.name, tool.parameters if tool in bound else _ANYTHING) for tool in use.callable]
+        schemas = [ToolSchema(tool.name, tool.parameters if tool.name in bound else _ANYTHING) for tool in use.callable]
         make = partial(
             calls_grammar,
             self._known,
@@ -82,7 +82,7 @@ class ToolCalls:
             or_text=not use.forced and answers is None,
             or_json=_schema(answers),
         )
-        parts: dict[str, Callable[[], str]] = {tool.field: partial(_arguments_grammar, tool) for tool in bound}
+        parts: dict[str, Callable[[], str]] = {tool.field: partial(_arguments_grammar, tool) for tool in bound.values()}
         if answers is not None:
             parts[answers.field] = answers.grammar
         return await grammars.compiled("tools", make, parts)

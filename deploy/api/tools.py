@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -13,7 +14,7 @@ from .body import known
 MOST_TOOLS = 128  # OpenAI's limit
 NAME = "[a-zA-Z0-9_-]{1,64}"
 _RULE = "must be 1 to 64 letters (a-z, A-Z), digits, underscores and dashes"
-_CHOICES = "none, auto, required or a function by name"
+_CHOICES = "none, auto, required, or functions by name"
 
 
 class Choice(Enum):
@@ -95,10 +96,8 @@ def read_tools(raw: list[Any], choice: Any = None, parallel: bool = True) -> Too
             raise BadRequest(f"tools.{i}.function.name", f"{tool.name!r} is the name of an earlier tool, too")
         names.add(tool.name)
     if isinstance(choice, dict):
-        name = _named(choice)
-        if name not in names:
-            raise BadRequest("tool_choice.function.name", f"{name[:64]!r} is not among the tools")
-        return ToolUse(tools, Choice.NAMED, tuple(tool for tool in tools if tool.name == name), single=True)
+        decides, chosen = _chosen(choice, names)
+        return ToolUse(tools, decides, tuple(tool for tool in tools if tool.name in chosen), decides is Choice.NAMED or not parallel)
     if choice not in (None, "none", "auto", "required"):
         raise BadRequest("tool_choice", f"must be {_CHOICES}")
     if choice == "required" and not tools:
@@ -109,9 +108,9 @@ def read_tools(raw: list[Any], choice: Any = None, parallel: bool = True) -> Too
 
 
 def _tool(path: str, raw: Any) -> Tool:
-    given = known(path, raw, ("type", "function"))
-    if given.get("type") != "function":
+    if isinstance(raw, dict) and raw.get("type") != "function":
         raise BadRequest(f"{path}.type", "must be function")
+    given = known(path, raw, ("type", "function"))
     path += ".function"
     function = known(path, given.get("function"), ("name", "description", "parameters", "strict"))
     name, description, strict = function.get("name"), function.get("description"), function.get("strict", False)
@@ -130,12 +129,28 @@ def _tool(path: str, raw: Any) -> Tool:
     return Tool(path, name, description, parameters, strict)
 
 
-def _named(choice: dict[str, Any]) -> str:
-    """The name in `{"type": "function", "function": {"name": ...}}`."""
-    given = known("tool_choice", choice, ("type", "function"))
+def _chosen(choice: dict[str, Any], names: Collection[str]) -> tuple[Choice, set[str]]:
+    """Who decides, among which tools: the one that is to be called, or those that are allowed of all that the model is told of."""
+    if choice.get("type") == "function":
+        return Choice.NAMED, {_name("tool_choice", choice, names)}
+    if choice.get("type") != "allowed_tools":
+        raise BadRequest("tool_choice.type", "must be function or allowed_tools")
+    path = "tool_choice.allowed_tools"
+    allowed = known(path, known("tool_choice", choice, ("type", "allowed_tools")).get("allowed_tools"), ("mode", "tools"))
+    mode, listed = allowed.get("mode"), allowed.get("tools")
+    if mode not in ("auto", "required"):
+        raise BadRequest(f"{path}.mode", "must be auto or required")
+    if not isinstance(listed, list) or not listed:
+        raise BadRequest(f"{path}.tools", "must be a list of functions by name, and not empty")
+    return Choice(mode), {_name(f"{path}.tools.{i}", each, names) for i, each in enumerate(listed)}
+
+
+def _name(path: str, raw: Any, names: Collection[str]) -> str:
+    """The name in `{"type": "function", "function": {"name": ...}}`, which has to be a tool's."""
+    given = known(path, raw, ("type", "function"))
     if given.get("type") != "function":
-        raise BadRequest("tool_choice.type", f"must be function: tool_choice is {_CHOICES}")
-    name = known("tool_choice.function", given.get("function"), ("name",)).get("name")
-    if not isinstance(name, str):
-        raise BadRequest("tool_choice.function.name", "must be a text")
+        raise BadRequest(f"{path}.type", "must be function")
+    name = known(f"{path}.function", given.get("function"), ("name",)).get("name")
+    if not isinstance(name, str) or name not in names:
+        raise BadRequest(f"{path}.function.name", f"{str(name)[:64]!r} is not among the tools")
     return name

@@ -189,7 +189,9 @@ def test_tools(scripted: ServerThread) -> None:
         "function": {"name": "f", "description": None, "parameters": {"type": "object"}, "strict": True},
     }
     named = {"type": "function", "function": {"name": "f"}}
-    for fields in ({}, {"tool_choice": "required"}, {"tool_choice": named, "parallel_tool_calls": False}, {"tool_choice": None}):
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}}
+    choices = ({"tool_choice": choice} for choice in ("required", allowed, None))
+    for fields in ({}, *choices, {"tool_choice": named, "parallel_tool_calls": False}):
         body = {"messages": HELLO, "tools": [tool], "max_tokens": 1, **fields}
         assert httpx.post(scripted.url + CHAT, json=body, timeout=WAIT_S).status_code == 200
         shape.validate(body)
@@ -201,6 +203,7 @@ def test_tools(scripted: ServerThread) -> None:
         {"tools": [tool] * 129},
         {"tools": [tool], "tool_choice": "always"},
         {"tools": [tool], "tool_choice": {"type": "function"}},
+        {"tools": [tool], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
     ):
         assert httpx.post(scripted.url + CHAT, json={"messages": HELLO, **wrong}, timeout=WAIT_S).status_code == 400
         assert not shape.is_valid({"messages": HELLO, **wrong}), wrong

@@ -33,6 +33,12 @@ NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 PARIS = '{"city": "Paris"}'
 
 
+def allowed(mode: str, *tools: Any) -> Any:
+    """`tool_choice` of some among the tools."""
+    listed = [{**each, "function": {"name": each["function"]["name"]}} if "function" in each else each for each in tools]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": listed}}
+
+
 def hermes(name: str = "get_weather", arguments: str = PARIS) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
@@ -74,8 +80,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": "f"}, "tools"),
     ({"tools": ["f"]}, "tools.0"),
     ({"tools": [WEATHER, {"function": {"name": "f"}}]}, "tools.1.type"),
-    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.custom"),
-    ({"tools": [{"type": "custom"}]}, "tools.0.type"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+    ({"tools": [{**WEATHER, "colour": 1}]}, "tools.0.colour"),
     ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"tools": [{"type": "function", "function": {"name": "f", "colour": 1}}]}, "tools.0.function.colour"),
     ({"tools": [tool("")]}, "tools.0.function.name"),
@@ -98,7 +104,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice.function.name"),
-    ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+    ({"tools": [WEATHER], "tool_choice": allowed("always", WEATHER)}, "tool_choice.allowed_tools.mode"),
+    ({"tools": [WEATHER], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+    ({"tools": [WEATHER], "tool_choice": allowed("auto", WEATHER, TIME)}, "tool_choice.allowed_tools.tools.1.function.name"),
+    ({"tools": [WEATHER], "tool_choice": allowed("auto", {"type": "mcp"})}, "tool_choice.allowed_tools.tools.0.type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": NAMED}, "tool_choice.function.name"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice"),
@@ -294,6 +305,18 @@ def test_a_named_function_ends_with_stop_as_openai_does(scripted: ServerThread, 
         answered = ask(scripted, tools=[WEATHER], tool_choice=choice).json()["choices"][0]
         assert answered["finish_reason"] == finish
         assert answered["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": PARIS}
+
+
+def test_only_allowed_tools_are_called(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
+    says(script, tokenizer, hermes() + hermes("get_time", "{}"))
+    choice = ask(scripted, tools=[WEATHER, TIME], tool_choice=allowed("auto", TIME)).json()["choices"][0]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_time"]
+    assert choice["message"]["content"] == hermes(), "is no call then"
+    assert grammar(scripted) == ""
+    assert '"get_weather"' in prompt(scripted), "the model is told of all, so that what it has cached of them can be used"
+    ask(scripted, tools=[WEATHER, TIME], tool_choice=allowed("required", TIME))
+    assert "get_time" in grammar(scripted)
+    assert "get_weather" not in grammar(scripted)
 
 
 def test_not_in_parallel_ends_with_the_first_call(scripted: ServerThread, script: ScriptRunner, tokenizer: Tokenizer) -> None:
