@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-DEVICE = "cuda"  # a test puts the interpreter's in its place
+DEVICE = "cuda"
 COPY_BYTES = 2**30
 MATMUL = 8192
 

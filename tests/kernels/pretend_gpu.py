@@ -223,9 +223,11 @@ def _to(gpu: Gpu, to: Callable[..., Tensor]) -> Callable[..., Tensor]:
         named = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
         like = [a for a in args if isinstance(a, Tensor)]
         target = named[0] if named else like[0].device if like else None
-        if isinstance(self, GpuTensor) or not is_gpu(target):
+        if not is_gpu(target):
             return to(self, *args, **kwargs)
         dtype = next((a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)), like[0].dtype if like else None)
+        if isinstance(self, GpuTensor):  # torch's own looks for the device's library first
+            return to(self, dtype) if dtype is not None else self
         return gpu.bring(self, dtype, kwargs.get("non_blocking", False))
 
     return moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from interpreter import install
+from pretend_gpu import pretended
 
 
 @pytest.fixture
@@ -48,3 +51,23 @@ def test_every_step_is_issued_ahead_and_none_is_lost(script: ModuleType, monkeyp
 def test_the_shapes_are_those_of_their_names(script: ModuleType) -> None:
     parameters = {name: sum(torch.Size(s).numel() for s in config.shapes().values()) for name, config in script.MODELS.items()}
     assert parameters == {"1b": 1_235_814_400, "8b": 8_030_261_248}
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_gpu(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A pretended one, on which all steps are graphs."""
+    install()
+    tiny = replace(script.shape(64, 2, 8, 16, 48, True), vocab_size=97, num_kv_heads=2)
+    for name, value in {"WARM_STEPS": 2, "STEPS": 3, "MODELS": {"1b": tiny}}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script.gpu, "copy_bandwidth", lambda: 1e9)
+    result = tmp_path / "steps.json"
+    monkeypatch.setattr(
+        sys, "argv", ["decode_step.py", "--model", "1b", "--batch", "1,3", "--context", "40", "--no-peer", "--json", str(result)]
+    )
+    with pretended():
+        script.main()
+    lines = json.loads(result.read_text())["steps"]
+    assert [(line["batch"], line["context"]) for line in lines] == [(1, 40), (3, 40)]
+    assert all(line["step_ms"] > 0 for line in lines)
+    assert capsys.readouterr().out.startswith("{'gpu': 'pretended'")
