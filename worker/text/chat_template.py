@@ -54,6 +54,7 @@ class ChatTemplate:
                 self._missing = f"this model's chat template cannot be compiled: {error}"
         self.tool_format: ToolFormat | None = format_of(source) if source is not None and self.knows_tools else HERMES
         self._takes_parts = self._template is not None and self._shows_parts(self._template)
+        self._has_system = self._template is not None and self._shows_system(self._template)
 
     @property
     def exists(self) -> bool:
@@ -88,7 +89,7 @@ class ChatTemplate:
             if self.tool_format is not None and self.tool_format.id_length:
                 plain = with_short_ids(plain, self.tool_format.id_length)
             if told:
-                return self._run(self._template, in_words(plain, tools), add_generation_prompt, values)
+                return self._run(self._template, in_words(plain, tools, self._has_system), add_generation_prompt, values)
             return self._run(self._template, plain, add_generation_prompt, values, tools)
         except _TEMPLATE_FAULTS as error:
             raise BadRequest("messages", f"the model's chat template rejects them: {error}") from None
@@ -118,6 +119,13 @@ class ChatTemplate:
         except _TEMPLATE_FAULTS:
             return False
         return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+    def _shows_system(self, template: jinja2.Template) -> bool:
+        """Whether a conversation may begin with a message of the system's."""
+        try:
+            return _PROBE in self._run(template, [{"role": "system", "content": _PROBE}, {"role": "user", "content": ""}], True, NOTHING)
+        except _TEMPLATE_FAULTS:
+            return False
 
 
 def _content(index: int, content: Any, takes_parts: bool) -> Any:

@@ -30,9 +30,15 @@ def uses_tools(messages: Iterable[Mapping[str, Any]], tools: Sequence[Any]) -> b
     return bool(tools) or any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
 
 
-def in_words(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
+def in_words(messages: Sequence[Message], tools: Sequence[Any], has_system: bool = True) -> list[Message]:
     """The conversation with Hermes' words for tools: in the system's message what there are, in the assistant's what it has called, and
-    what came back as a message of the user's. Every content must be a text."""
+    what came back as a message of the user's.
+
+    Args:
+        messages: every content must be a text.
+        tools: that may be called.
+        has_system: the template takes a message of the system's; otherwise the user's first one tells of the tools.
+    """
     said: list[Message] = []
     for answers, group in groupby(messages, lambda message: message["role"] == "tool"):
         if answers:
@@ -42,10 +48,13 @@ def in_words(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]
             said += map(_spoken, group)
     if tools:
         told = _INSTRUCTIONS.format(tools="\n".join(_json(tool) for tool in tools))
-        if said and said[0]["role"] == "system":
+        first = said[0]["role"] if said else ""
+        if first == "system":
             said[0]["content"] = f"{said[0]['content']}\n\n{told}".lstrip()
+        elif first == "user" and not has_system:
+            said[0]["content"] = f"{told}\n\n{said[0]['content']}"
         else:
-            said.insert(0, {"role": "system", "content": told})
+            said.insert(0, {"role": "system" if has_system else "user", "content": told})
     return said
 
 

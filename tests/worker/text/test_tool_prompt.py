@@ -108,6 +108,20 @@ def test_several_calls_and_answers_in_words() -> None:
     assert takes_parts.render(parts, True, tools=[WEATHER]).endswith("|a\nb|")
 
 
+def test_in_words_where_there_is_no_system() -> None:
+    refuses = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    )
+    drops = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    for source in (refuses, drops):
+        text = ChatTemplate(source, {}).render(ASKED[1:], True, tools=[WEATHER])
+        assert text.startswith("[user] # Tools")
+        assert text.endswith("</tool_call>\n\nWeather in Paris?")
+        text = ChatTemplate(source, {}).render(CALLED[2:], True, tools=[WEATHER])
+        assert text.startswith("[user] # Tools")
+        assert "[assistant] <tool_call>" in text
+
+
 def test_ids_that_a_template_would_refuse(smollm2: Tokenizer) -> None:
     tokenizer = family("mistral", smollm2)
     long = "call_0123456789abcdef"
