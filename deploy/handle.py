@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -61,25 +62,24 @@ class Model:
 
         Args:
             prompt: a text, token ids, or the messages of a conversation.
-            params: as of `quire.LLM`.
+            params: as of `quire.LLM`; default: the model's own.
             urgency: `priority`, `deadline_ms` and `tenant`, as of a request over HTTP.
 
         Raises:
             BadRequest, Overloaded, DeadlineExceeded, ReplicaLost, RequestFailed: as `cluster.client.RequestStream`.
         """
-        wanted = params or SamplingParams()
-        parts: list[list[ChoiceDelta]] = [[] for _ in range(wanted.n)]
-        generation = await self._submit(prompt, wanted, urgency)
+        parts: defaultdict[int, list[ChoiceDelta]] = defaultdict(list)
+        generation = await self._submit(prompt, params, urgency)
         try:
             async for delta in generation:
                 parts[delta.choice].append(delta)
         finally:
             await generation.close()
-        return Answer(tuple(_whole(deltas) for deltas in parts), generation.usage)
+        return Answer(tuple(_whole(deltas) for _, deltas in sorted(parts.items())), generation.usage)
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **urgency: Any) -> AsyncIterator[ChoiceDelta]:
         """What each text gains, as it does. Leaving the iteration ends the request. Arguments and errors are those of `generate`."""
-        generation = await self._submit(prompt, params or SamplingParams(), urgency)
+        generation = await self._submit(prompt, params, urgency)
         try:
             async for delta in generation:
                 yield delta
@@ -111,12 +111,14 @@ class Model:
         self._stack.callback(text.close)
         return edge, text, Metrics(edge.client.stats, edge.client.recovery)
 
-    async def _submit(self, prompt: Prompt, params: SamplingParams, urgency: dict[str, Any]) -> Generation:
+    async def _submit(self, prompt: Prompt, params: SamplingParams | None, urgency: dict[str, Any]) -> Generation:
         started_s = time.perf_counter()
         edge, text, metrics = await self._opened()
-        request = GenerateRequest(f"py-{secrets.token_hex(16)}", (await _tokens(text, prompt),), params, **urgency)
+        tokens, info = await _tokens(text, prompt), await edge.client.info()
+        wanted = info.default_params(len(tokens)) if params is None else params
+        request = GenerateRequest(f"py-{secrets.token_hex(16)}", (tokens,), wanted, **urgency)
         stream = await edge.client.submit(request)
-        shown = Presentation(continues=isinstance(prompt, str), eos_token_ids=(await edge.client.info()).eos_token_ids)
+        shown = Presentation(continues=isinstance(prompt, str), eos_token_ids=info.eos_token_ids)
         return Generation(stream, request, edge.tokenizer, shown, metrics.generation(started_s))
 
 

@@ -32,7 +32,7 @@ from .sampler import Sampler
 from .shard import Shard
 from .suspend_files import SuspendDirectory
 from .text.tokenizer import load_tokenizer
-from .weights import open_checkpoint
+from .weights import open_checkpoint, sampling_defaults
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class _Rank(NamedTuple):
     page: PageShape
     pages: int  # that fit here
     host_pages: int  # that fit into the host memory beside it
+    sampling: tuple[tuple[str, float], ...]  # `ModelInfo.sampling`
 
 
 def build_runner(
@@ -86,7 +87,17 @@ def build_runner(
     """
     rank = _load(options, progress, group)
     config = rank.config
-    info = ModelInfo(config.name, str(rank.path), config.max_model_len, config.vocab_size, config.eos_token_ids, int(time.time()))
+    info = ModelInfo(
+        config.name,
+        str(rank.path),
+        config.max_model_len,
+        config.vocab_size,
+        config.eos_token_ids,
+        int(time.time()),
+        sampling=rank.sampling,
+    )
+    if rank.sampling:
+        log.info("generation_config: requests that leave them out get %s", ", ".join(f"{name} {value}" for name, value in info.sampling))
     kv = _pool(rank, options)
     runner = _runner(rank, options, group, kv, _mover(rank, kv, options, group, host))
     startup_s = {}
@@ -169,7 +180,7 @@ def _load_own(options: EngineOptions, progress: Progress | None, group: RankGrou
     device = device_of(model_options)
     torch.set_num_threads(model_options.threads or max(len(os.sched_getaffinity(0)) // options.parallel.tp, 1))
     checkpoint = open_checkpoint(model_options)
-    config = checkpoint.config
+    config, sampling = checkpoint.config, sampling_defaults(model_options, checkpoint)
     shard = Shard(config, group.rank, group.size) if group else Shard(config)
     dtype = getattr(torch, ("float32" if device.type == "cpu" else config.dtype) if model_options.dtype == "auto" else model_options.dtype)
     kernels = kernels_of(model_options, device, dtype)
@@ -183,7 +194,8 @@ def _load_own(options: EngineOptions, progress: Progress | None, group: RankGrou
     checkpoint.close()
     most = _max_running(options) * -(-config.max_model_len // page.page_size)
     pages = _num_pages(options, page.page_bytes, device, most)
-    return _Rank(config, checkpoint.path, model, kernels, page, pages, _num_host_pages(options, pages, page.page_bytes, device))
+    host_pages = _num_host_pages(options, pages, page.page_bytes, device)
+    return _Rank(config, checkpoint.path, model, kernels, page, pages, host_pages, sampling)
 
 
 def _pool(rank: _Rank, options: EngineOptions) -> KVStore:

@@ -41,6 +41,15 @@ class ModelOptions:
     cuda_graphs: bool = option(True, "run decode steps on a GPU from CUDA graphs; without them a start is shorter, and each step longer")
     quantize: str | None = option(None, "int8: weights and activations of the linears in 8 bits (CPU)", choices=("int8",))
     max_model_len: int | None = option(None, "longest prompt + output in tokens; default: what the model was trained for")
+    generation_config: str = option(
+        "auto",
+        "what requests get that leave out temperature, top_p, top_k, min_p, repetition_penalty or (in chat) max_tokens; auto: what "
+        "generation_config.json or the GGUF file advises; none: temperature and top_p 1, as OpenAI's, and the others off",
+        choices=("auto", "none"),
+    )
+    override_generation_config: str | None = option(
+        None, """JSON object of such defaults by their names in generation_config.json, before the model's: {"temperature": 0.6}"""
+    )
     seed: int = option(0, "where the seeds of requests that bring none come from")
     threads: int | None = option(None, "CPU threads for the model; default: every core that this process may use")
 

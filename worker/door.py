@@ -148,6 +148,18 @@ class Door:
         return {token: float(value) for token, value in bias.items()}
 
 
+def check_default(name: str, value: Any) -> None:
+    """Refuse a default of the sampling parameter `name` that no request could have given, whatever the model.
+
+    Raises:
+        BadRequest: it has the wrong type, or is out of bounds.
+    """
+    if name == "max_tokens":
+        _is_integer(name, value, 1, 2**31 - 1)
+    else:
+        _SCALARS[name](name, value)
+
+
 def _shown(value: Any) -> str:
     if type(value) is int and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .generation_config import GGUF, Defaults, read_defaults
 from .model_config import ModelConfig, UnsupportedModel, in_bounds
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
 from .shard import Part
@@ -83,6 +84,7 @@ class GgufCheckpoint:
         self._data = np.memmap(path, np.uint8, mode="r")
         config = _config(header, set(self._infos), self._divisors(header), path.stem)
         self.config = config.matching({name: info.shape for name, info in self._infos.items()})
+        self._metadata = header.metadata
         self._interleaved = header.metadata["general.architecture"] == "llama"
 
     def tensor(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
@@ -91,6 +93,12 @@ class GgufCheckpoint:
         if self._interleaved and (".q_proj." in name or ".k_proj." in name):
             found = _halves(found, found.shape[0] // self.config.head_dim)
         return found.to(dtype)
+
+    def sampling_defaults(self) -> Defaults:
+        """See `Checkpoint.sampling_defaults`. The file's numbers have 32 bits: 0.95 is to be 0.95, as in the file that it was made from."""
+        told = {key: self._metadata[key] for key in GGUF.values() if key in self._metadata}
+        exact = {key: float(str(np.float32(value))) if isinstance(value, float) else value for key, value in told.items()}
+        return read_defaults(exact, GGUF, self.path.name)
 
     def close(self) -> None:
         """See `Checkpoint.close`."""

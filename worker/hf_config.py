@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .generation_config import HUGGING_FACE, Defaults, read_defaults
 from .model_config import ModelConfig, UnsupportedModel, in_bounds
 from .rope import RopeConfig, RopeKind, yarn_attention_factor
 
+_GENERATION = "generation_config.json"
 # What transformers assumes where a config.json is silent.
 _COMMON = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "head_dim": None, "tie_word_embeddings": False, "sliding_window": None}
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
@@ -44,9 +46,17 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
         UnsupportedModel: something in config.json is not implemented, missing or not a number.
     """
-    raw = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    return parse_config(raw, read_json(generation) if generation.is_file() else {}, directory.name)
+    return parse_config(read_json(directory / "config.json"), _generation_config(directory), directory.name)
+
+
+def read_generation_defaults(directory: Path) -> Defaults:
+    """The defaults of sampling parameters in generation_config.json; none without the file. Raises: ValueError."""
+    return read_defaults(_generation_config(directory), HUGGING_FACE, _GENERATION)
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    path = directory / _GENERATION
+    return read_json(path) if path.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

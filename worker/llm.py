@@ -104,7 +104,7 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, or a list of either.
-            params: for all prompts, or one for each.
+            params: for all prompts, or one for each; default: `default_params`.
             progress: show a bar; default: as given to the constructor.
 
         Returns:
@@ -132,6 +132,10 @@ class LLM:
         texts: list[str | None] = [self.tokenizer.apply_chat_template(list(messages)) for messages in several]  # type: ignore[arg-type]
         return self._run(texts, [self.tokenizer.encode(text or "", add_special_tokens=False) for text in texts], params, progress)
 
+    def default_params(self) -> SamplingParams:
+        """What a call without parameters uses: the model's own, as its generation_config.json has them."""
+        return self.engine.info.default_params()
+
     def stats(self) -> EngineStats:
         """Counters and gauges of the engine."""
         return self.engine.stats()
@@ -146,7 +150,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | None,
     ) -> list[RequestOutput]:
-        each = _for_each(params or SamplingParams(), len(prompts))
+        if params is None:
+            params = [self.engine.info.default_params(len(prompt)) for prompt in prompts]
+        each = _for_each(params, len(prompts))
         pending = []
         for text, prompt, p in zip(texts, prompts, each, strict=True):
             request = self.engine.prepare(GenerateRequest(f"offline-{self._requests}", (tuple(prompt),), p))

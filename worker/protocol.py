@@ -6,7 +6,7 @@ wire gets exactly these types or `BadRequest`; bounds are checked in one place, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -272,6 +272,15 @@ class ModelInfo(NamedTuple):
     max_sequences: int = 2**31 - 1  # sequences that may run or wait
     max_running: int = 2**31 - 1  # sequences that run at once
     tp: int = 1  # ranks
+    sampling: tuple[tuple[str, float], ...] = ()  # the model's own defaults: name in `SamplingParams`, and value
+
+    def default_params(self, prompt_tokens: int = 0) -> SamplingParams:
+        """What a request gets that says nothing. The model's `max_tokens` is cut to the room that a prompt of so many tokens leaves."""
+        params = SamplingParams(**dict[str, Any](self.sampling))
+        if params.max_tokens is None:
+            return params
+        room = min(self.max_model_len, self.pool_tokens) - prompt_tokens
+        return replace(params, max_tokens=max(min(params.max_tokens, room), 1))  # without any room, the door says so
 
 
 class LiveRequest(NamedTuple):

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelOptions
+from .generation_config import Defaults, read_override
 from .gguf_weights import GgufCheckpoint
-from .hf_config import read_config, read_json
+from .hf_config import read_config, read_generation_defaults, read_json
 from .model_config import ModelConfig, UnsupportedModel
 from .shard import Part
 from .text.source import resolve_model
@@ -43,6 +44,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def sampling_defaults(self) -> Defaults:
+        """What the model's makers advise. Raises: ValueError."""
+        ...
+
     def close(self) -> None:
         """Let go of the files. Tensors that were given out stay valid."""
         ...
@@ -60,6 +65,16 @@ def open_checkpoint(options: ModelOptions) -> Checkpoint:
     as_typed = options.model if not Path(options.model).expanduser().exists() else None  # an alias or a hub id names the model well
     checkpoint.config = checkpoint.config.serving(options.max_model_len, options.served_model_name or as_typed)
     return checkpoint
+
+
+def sampling_defaults(options: ModelOptions, checkpoint: Checkpoint) -> tuple[tuple[str, float], ...]:
+    """`ModelInfo.sampling`, as `options` and the model have it.
+
+    Raises:
+        ValueError: a default is none that a request could have given; names the file, or the option, and the field.
+    """
+    advised = checkpoint.sampling_defaults() if options.generation_config == "auto" else {}
+    return tuple((name, value) for name, value in (advised | read_override(options)).items() if value is not None)
 
 
 class SafetensorsCheckpoint:
@@ -101,6 +116,10 @@ class SafetensorsCheckpoint:
         else:
             tensor = self._where[name].get_slice(name)[(slice(None),) * part.dim + (slice(part.start, part.stop),)]
         return tensor.to(dtype)
+
+    def sampling_defaults(self) -> Defaults:
+        """See `Checkpoint.sampling_defaults`."""
+        return read_generation_defaults(self.path)
 
     def close(self) -> None:
         """See `Checkpoint.close`."""

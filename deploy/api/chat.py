@@ -30,11 +30,14 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatBody)
     api.check_model(body.model)
     use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    prompt = await _prompt(api, body, use)
+    defaults = (await api.client.info()).default_params(len(prompt))
     asked = Asked(
         request_id=api.new_id("chatcmpl"),
-        prompts=(await _prompt(api, body, use),),
+        prompts=(prompt,),
         params=body.sampling(
-            max_tokens=body.longest(None, api.context),
+            defaults,
+            max_tokens=body.longest(defaults.max_tokens, api.context),
             logprobs=_logprobs(body),
             grammar=await api.tool_calls.grammar(use, body, api.grammars),
         ),

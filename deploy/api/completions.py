@@ -33,6 +33,7 @@ async def completions(request: Request) -> Response:
     ids = await api.text.encode_all(prompts, body.add_special_tokens, field="prompt")
     longest = body.longest(COMPLETION_MAX_TOKENS, api.context)
     params = body.sampling(
+        (await api.client.info()).default_params(),
         max_tokens=longest,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,

@@ -5,6 +5,7 @@ Types are strict (no true for 1, no "1" for 1; 1.0 is 1), numbers finite, intege
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ from ...worker.protocol import BadRequest, SamplingParams
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Float = Annotated[float, Field(allow_inf_nan=False)]
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat has none
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat has none but the model's
+_OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Strict(BaseModel):
@@ -55,13 +57,13 @@ class SamplingBody(Strict):
     max_tokens: Int | None = None
     max_completion_tokens: Int | None = None  # its newer name in chat, which load generators also send to completions
     n: Int = 1
-    temperature: Float = 1.0
-    top_p: Float = 1.0
-    top_k: Int = 0
-    min_p: Float = 0.0
+    temperature: Float | None = None  # of this, the next three and the repetition penalty the model has defaults of its own
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
     presence_penalty: Float = 0.0
     frequency_penalty: Float = 0.0
-    repetition_penalty: Float = 1.0
+    repetition_penalty: Float | None = None
     logit_bias: dict[str, Float] = {}
     seed: Int | None = None
     stop: Any = ()
@@ -80,9 +82,15 @@ class SamplingBody(Strict):
     deadline_ms: Any = None
 
     def sampling(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None, grammar: str = ""
+        self,
+        defaults: SamplingParams,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: str = "",
     ) -> SamplingParams:
-        """The engine's parameters.
+        """The engine's parameters, with the model's `defaults` for what is not given.
 
         Raises:
             BadRequest: `stop` is no string or list of strings, a key of `logit_bias` is no token id, or `stream_options`
@@ -90,17 +98,15 @@ class SamplingBody(Strict):
         """
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options", "is only for stream=true")
-        return SamplingParams(
+        given = {name: value for name in _OF_MODEL if (value := getattr(self, name)) is not None}
+        return replace(
+            defaults,
+            **given,
             n=self.n,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
             logit_bias=_token_keys(self.logit_bias),
             seed=self.seed,
             logprobs=logprobs,

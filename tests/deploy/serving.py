@@ -61,7 +61,7 @@ class LoopClient:
 
     def __init__(self, engine_loop: EngineLoop, info: ModelInfo) -> None:
         self._engine_loop = engine_loop
-        self._info = info
+        self.served = info
         self._owner = Owner("r0", 1)
         self._loop = asyncio.get_running_loop()
         self._news = threading.Condition()
@@ -81,7 +81,7 @@ class LoopClient:
     async def submit(self, request: GenerateRequest) -> RemoteStream:
         if self.refuse_with is not None:
             raise self.refuse_with
-        door = Door.of(self._info, LimitOptions())
+        door = Door.of(self.served, LimitOptions())
         journal = Journal(door.check(request), door.longest, (), time.monotonic(), Patience())
         journal.start(time.monotonic())
         (submit,) = journal.routed(0, Route(*self._owner), time.monotonic())
@@ -102,7 +102,7 @@ class LoopClient:
         return stream
 
     async def info(self) -> ModelInfo:
-        return self._info
+        return self.served
 
     def stats(self) -> dict[str, EngineStats]:
         return self.table.stats()

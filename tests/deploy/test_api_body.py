@@ -75,7 +75,7 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
 )
 def test_a_wrong_type_names_its_field(field: str, value: object) -> None:
     with pytest.raises(BadRequest) as caught:
-        chat(**{field: value}).sampling(max_tokens=None, logprobs=None)
+        chat(**{field: value}).sampling(SamplingParams(), max_tokens=None, logprobs=None)
     assert caught.value.field == field
 
 
@@ -128,9 +128,9 @@ def test_null_means_not_given_even_for_unknown_fields() -> None:
     body = chat(
         temperature=None, tools=None, colour=None, stop=None, seed=None, stream=True, stream_options={"include_usage": None, "x": None}
     )
-    assert body.temperature == 1.0
     assert body.told_usage is ToldUsage.NEVER
-    assert body.sampling(max_tokens=None, logprobs=None) == SamplingParams()
+    own = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+    assert body.sampling(own, max_tokens=None, logprobs=None) == own
 
 
 @pytest.mark.parametrize("field", sorted(NEUTRAL.keys() - ChatBody.model_fields))
@@ -173,7 +173,7 @@ def test_sampling_parameters_arrive() -> None:
     body = chat(
         n=2, temperature=0, top_p=0.5, top_k=3, min_p=0.1, stop="x", logit_bias={"7": -1}, stop_token_ids=[5], min_tokens=2, ignore_eos=True
     )
-    assert body.sampling(max_tokens=9, logprobs=4) == SamplingParams(
+    assert body.sampling(SamplingParams(), max_tokens=9, logprobs=4) == SamplingParams(
         n=2,
         max_tokens=9,
         min_tokens=2,

@@ -19,7 +19,7 @@ from quire.deploy.api.schemas import ChatBody, CompletionBody
 from quire.deploy.api.urgency import read_urgency
 from quire.worker.config import LimitOptions, ServerOptions
 from quire.worker.door import Door
-from quire.worker.protocol import BadRequest, GenerateRequest
+from quire.worker.protocol import BadRequest, GenerateRequest, SamplingParams
 from quire.worker.text.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -73,7 +73,7 @@ def takes(server: ServerThread, route: str, **fields: Any) -> bool:
     of, least = BODIES[route]
     try:
         body = parse(json.dumps({**least, **fields}).encode(), of)
-        params = body.sampling(max_tokens=body.longest(None, server.api.context), logprobs=None)
+        params = body.sampling(SamplingParams(), max_tokens=body.longest(None, server.api.context), logprobs=None)
         read_urgency(body, Headers())
         Door.of(server.api.info, LimitOptions()).check(GenerateRequest("r", ((1,),), params))
     except (ApiError, BadRequest):

@@ -49,7 +49,8 @@ def server(tiny_model: Path, servers: list[Serve], tmp_path_factory: pytest.Temp
     """One with two ingresses that is ready and has nothing to do."""
     if not servers or servers[-1].process.poll() is not None:
         log = tmp_path_factory.mktemp("server") / "log"
-        servers.append(Serve(log, "--model", str(tiny_model), "--ingresses", "2", "--grace-s", "3600", *SMALL))
+        own = ("--ingresses", "2", "--grace-s", "3600", "--override-generation-config", '{"temperature": 0}')
+        servers.append(Serve(log, "--model", str(tiny_model), *own, *SMALL))
         servers[-1].wait_ready()
     servers[-1].look_below()
     return servers[-1]
@@ -69,6 +70,15 @@ def complete(url: str, **body: object) -> httpx.Response:
     name = httpx.get(url + "/v1/models", timeout=WAIT_S).json()["data"][0]["id"]
     wanted = {"model": name, "prompt": "The capital of France is", "temperature": 0, **body}
     return httpx.post(url + "/v1/completions", json=wanted, timeout=WAIT_S)
+
+
+def test_what_requests_leave_out_is_the_model_s_at_every_ingress(server: Serve) -> None:
+    def text(**body: object) -> str:
+        return complete(server.url, **body).json()["choices"][0]["text"]
+
+    greedy = text(temperature=0)
+    assert [text(temperature=None) for _ in range(8)] == [greedy] * 8
+    assert text(temperature=1, seed=1) != greedy
 
 
 @pytest.fixture
