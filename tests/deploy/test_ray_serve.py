@@ -144,11 +144,11 @@ def shipped(root: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def tiny(ray: Ray, root: Path, kv_pages: int, model: str = "tiny") -> dict[str, Any]:
+def tiny(ray: Ray, root: Path, kv_pages: int, model: str = "tiny", **more: object) -> dict[str, Any]:
     """The shipped configuration with a small model, and beside it the composed deployment and one that looks at the controllers."""
     config = shipped(root, "smollm2.yaml")
     (app,) = config["applications"]
-    options = {"model": str(ray.folder / model), "kv-pages": kv_pages, "threads": 1, "seed": 7}
+    options = {"model": str(ray.folder / model), "kv-pages": kv_pages, "threads": 1, "seed": 7, **more}
     app["deployments"][0]["user_config"] = {"models": [{"name": "tiny", "options": options}]}
     composed = {"name": "composed", "route_prefix": "/composed", "import_path": "composed:app"}
     look = {"name": "look", "route_prefix": "/look", "import_path": "look:app"}
@@ -250,10 +250,13 @@ async def test_upgrades_lose_no_stream(ray: Ray, root: Path) -> None:
         before = await look()
         streams = Streams(client, STREAMS)
         await streams.begin()
-        await asyncio.to_thread(ray.deploy, tiny(ray, root, 18_000))
+        await asyncio.to_thread(ray.deploy, tiny(ray, root, 18_000, **{"override-generation-config": '{"temperature": 0}'}))
         await pages_are(18_000)
         after = await look()
         texts = await streams.stop(AFTER)
+        asked = {"prompt": "A quire is", "max_tokens": 12}  # new requests meet the new replica's defaults
+        found = [(await client.post("/v1/completions", json=asked | more)).json() for more in ({}, {"temperature": 0})]
+        assert found[0]["choices"] == found[1]["choices"]
         assert after.keys() == before.keys() == {"quire-tiny"}
         assert before["quire-tiny"]["running"].keys().isdisjoint(after["quire-tiny"]["running"])
         assert list(after["quire-tiny"]["running"].values()) == [STREAMS]
