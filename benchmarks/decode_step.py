@@ -101,7 +101,7 @@ def runner_of(model: DecoderModel, rows: int, context: int, device: str, dtype: 
     config = model.config
     page = PageShape(config.num_kv_heads, config.num_layers, PAGE, config.head_dim, dtype)
     kv = KVStore(page, rows * pages_of(context), device)
-    sampler = DeviceSampler((), config.vocab_size, torch.device(device))
+    sampler = DeviceSampler((), config.vocab_size, rows, torch.device(device))
     constraints = Constraints(partial(load_tokenizer, Path()), (), config.vocab_size)  # nobody brings a grammar
     return DeviceRunner(model, kv, sampler, constraints, rows, context + WARM_STEPS + STEPS + 2, how=Decoding(capture))
 

@@ -38,6 +38,12 @@ TOKENS = 64, 4096
 POOL, COPIED = 4096, (16, 256)  # pages
 SHARED = (64, 8192, 256), (256, 2048, 256)  # rows, keys of the prefix that they share, keys of each beside it
 SAMPLED = 1, 64, 256  # rows
+SAMPLINGS = [  # temperature, top_k, top_p, repetition penalty
+    ("greedy", 0.0, 0, 1.0, 1.0),
+    ("drawn", 1.0, 0, 1.0, 1.0),
+    ("drawn, repetition 1.1", 1.0, 0, 1.0, 1.1),
+    ("top-k 40, top-p 0.9", 1.0, 40, 0.9, 1.0),
+]
 
 
 class Figure(NamedTuple):
@@ -204,27 +210,29 @@ def copies() -> Iterator[Figure]:
 def sample_figures() -> Iterator[Figure]:
     for rows in SAMPLED:
         logits = torch.randn(rows, VOCAB, device=gpu.DEVICE) * 3
-        for name, temperature, top_k, top_p in [("greedy", 0.0, 0, 1.0), ("drawn", 1.0, 0, 1.0), ("top-k 40, top-p 0.9", 1.0, 40, 0.9)]:
-            how = sample_rows(rows, temperature, top_k, top_p)
+        for name, temperature, top_k, top_p, repetition in SAMPLINGS:
+            how = sample_rows(rows, temperature, top_k, top_p, repetition)
             yield Figure("sampling", f"{rows} x {VOCAB} {name}", lambda logits=logits, how=how: sample(logits, how), bytes=logits.nbytes)
 
 
-def sample_rows(rows: int, temperature: float, top_k: int, top_p: float) -> SampleRows:
-    def column(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.full((rows, *shape), value, dtype=dtype, device=gpu.DEVICE)
+def sample_rows(rows: int, temperature: float, top_k: int, top_p: float, repetition: float) -> SampleRows:
+    def column(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=gpu.DEVICE)
 
-    empty = torch.zeros(1, device=gpu.DEVICE)
     return SampleRows(
-        column(temperature, torch.float32),
-        column(top_k, torch.int32),
-        column(top_p, torch.float32),
-        column(float("-inf"), torch.float32),
-        torch.randint(0, 2**31, (rows, 2), dtype=torch.int32, device=gpu.DEVICE),
-        torch.zeros(rows + 1, dtype=torch.int32, device=gpu.DEVICE),
-        empty.int(),
-        empty,
-        empty,
-        empty,
+        temperature=column(temperature, torch.float32),
+        top_k=column(top_k, torch.int32),
+        top_p=column(top_p, torch.float32),
+        min_p=column(float("-inf"), torch.float32),
+        keys=torch.randint(0, 2**31, (rows, 2), dtype=torch.int32, device=gpu.DEVICE),
+        cell_starts=torch.zeros(rows + 1, dtype=torch.int32, device=gpu.DEVICE),
+        cell_tokens=torch.zeros(1, dtype=torch.int32, device=gpu.DEVICE),
+        cell_bias=torch.zeros(1, device=gpu.DEVICE),
+        penalties=torch.tensor([[repetition, 0.0, 0.0]], device=gpu.DEVICE).repeat(rows, 1),
+        owners=torch.arange(rows, device=gpu.DEVICE),
+        uncounted=column(1, torch.int32),
+        held=torch.randint(0, 2, (rows, VOCAB), dtype=torch.int16, device=gpu.DEVICE),
+        latest=torch.zeros(rows, dtype=torch.int64, device=gpu.DEVICE),
     )
 
 

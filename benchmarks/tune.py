@@ -172,8 +172,11 @@ def sampling_tasks(kernel: str, quick: bool) -> Iterator[Task]:
             cell_starts=torch.zeros(bucket + 1, dtype=torch.int32, device=gpu.DEVICE),
             cell_tokens=torch.zeros(1, dtype=torch.int32, device=gpu.DEVICE),
             cell_bias=torch.zeros(1, device=gpu.DEVICE),
-            cell_repetition=torch.ones(1, device=gpu.DEVICE),
-            cell_penalty=torch.zeros(1, device=gpu.DEVICE),
+            penalties=torch.tensor([[1.0, 0.0, 0.0]], device=gpu.DEVICE).repeat(bucket, 1),
+            owners=torch.arange(bucket, device=gpu.DEVICE),
+            uncounted=torch.zeros(bucket, dtype=torch.int32, device=gpu.DEVICE),
+            held=torch.zeros(bucket, VOCAB, dtype=torch.int16, device=gpu.DEVICE),
+            latest=torch.zeros(bucket, dtype=torch.int64, device=gpu.DEVICE),
         )
         candidates = [sampling.SampleLaunch(*values) for values in product((1024, 2048, 4096, 8192), (4, 8, 16))]
         yield Task(shape, sampling.sample_rule(shape, on_this()), candidates, partial(sampling.sample, logits, rows))

@@ -161,8 +161,10 @@ def _rope(
 
 def _sample(rows: int, launch: SampleLaunch | None = None) -> None:
     whole, real = partial(torch.zeros, dtype=torch.int32), torch.zeros
-    how = SampleRows(real(rows), whole(rows), real(rows), real(rows), whole(rows, 2), whole(rows + 1), whole(8), real(8), real(8), real(8))
-    sample(real(rows, 128256), how, launch)
+    long = torch.zeros(rows, dtype=torch.int64)
+    filters = real(rows), whole(rows), real(rows), real(rows), whole(rows, 2)
+    edits = whole(rows + 1), whole(8), real(8), real(rows, 3), long, whole(rows), torch.zeros(rows, 128256, dtype=torch.int16), long
+    sample(real(rows, 128256), SampleRows(*filters, *edits), launch)
 
 
 def table_cases(table: dict[tuple[int, Shape], dict[str, int]]) -> Iterator[Case]:

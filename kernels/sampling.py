@@ -1,12 +1,15 @@
 """From logits to tokens on the device, a whole batch in two launches and without a word to the host.
 
-    1. edit    every program takes a stretch of one row: logit bias, repetition, presence and frequency penalties on the few cells that
-               have them, then, in one pass, the highest logit and the draw over all tokens:
+    1. edit    every program takes a stretch of one row: logit bias on the few cells that have one, then, in one pass, the penalties of
+               what the sequence holds already, the highest logit, and the draw over all tokens:
                    argmax of logit / temperature + noise            (the Gumbel-max trick)
     2. choose  a program a row weighs the stretches. A row with top_k, top_p or min_p searches its threshold: scores are mapped to
                integers of the same order, and the interval that holds the threshold is cut in four per pass, by how many scores,
                or how much mass, lie above each cut; 16 passes over a row that the cache holds give it exactly, without a sort.
                Then it draws among the scores at or above it.
+
+What the penalties of a sequence need to know stays on the device, so that a step need not wait until the host has heard of the token
+before it: a table of counts, and the token that was drawn last, which the first launch counts in passing and the second in the table.
 
 The noise of a token is a hash of the row's two key words and the token's id, in 32-bit arithmetic; `reference.gumbel` says which. A
 row's token depends on that row alone. Sums run in a fixed order.
@@ -25,6 +28,7 @@ from .launch import Chip, Shape, bucket_of, chip, launch_of
 
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)
 CELLS: tl.constexpr = tl.constexpr(256)  # edits that a program takes at once
+MOST_COUNTED: tl.constexpr = tl.constexpr(2**14 - 1)
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FOUND = ["peaks", "peak_tokens", "draws", "draw_tokens"]
 
@@ -49,8 +53,14 @@ class SampleRows:
         keys: int32 [S, 2], the bits of the two key words of the row's noise (`reference.gumbel`).
         cell_starts: int32 [S + 1]; row r has the edits [cell_starts[r], cell_starts[r + 1]).
         cell_tokens: int32 [C], each token once a row.
-        cell_bias, cell_repetition, cell_penalty: float32 [C]; x = logit + bias (-inf bans the token), x = x / repetition if x > 0 else
-            x * repetition, logit = x - penalty.
+        cell_bias: float32 [C], added first; -inf bans the token.
+        penalties: float32 [S, 3], (repetition, presence, frequency); (1, 0, 0) is off. Of a token that the sequence holds
+            x = x / repetition if x > 0 else x * repetition; of one that its output holds, x = x - (count * frequency + presence).
+        owners: int64 [S], the place of each row's sequence in `held` and `latest`. No two the same of those that have penalties.
+        uncounted: int32 [S]; 1: the last token of the sequence is `latest`, an output token that `held` lacks, and is counted now.
+        held: int16 [N, V], of each sequence and token 2 * (its occurrences in the output, MOST_COUNTED at most) + (whether it is in the
+            prompt). For rows that have penalties; the others' are not touched.
+        latest: int64 [N], tokens.
     """
 
     temperature: Tensor
@@ -61,8 +71,11 @@ class SampleRows:
     cell_starts: Tensor
     cell_tokens: Tensor
     cell_bias: Tensor
-    cell_repetition: Tensor
-    cell_penalty: Tensor
+    penalties: Tensor
+    owners: Tensor
+    uncounted: Tensor
+    held: Tensor
+    latest: Tensor
 
 
 @triton.jit
@@ -109,11 +122,34 @@ def _order(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+@triton.jit
+def _penalties(penalties, row):
+    """(repetition, presence, frequency, whether any is on)"""
+    repetition = tl.load(penalties + 3 * row)
+    presence = tl.load(penalties + 3 * row + 1)
+    frequency = tl.load(penalties + 3 * row + 2)
+    return repetition, presence, frequency, (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
+
+
+@triton.jit
+def _counted(held, once_more):
+    return tl.where(once_more & (held >> 1 < MOST_COUNTED), held + 2, held)
+
+
+@triton.jit
+def _penalized(x, held, repetition, presence, frequency):
+    """Logits of tokens of which so much is held. The sum is rounded once, as on the host."""
+    count = held.to(tl.int32) >> 1
+    x = tl.where(held > 0, tl.where(x > 0, tl.div_rn(x, repetition), x * repetition), x)
+    less = count.to(tl.float64) * frequency.to(tl.float64) + presence.to(tl.float64)
+    return tl.where(count > 0, x - less.to(tl.float32), x)
+
+
 # Not on the alignment of what a stretch found: the halves of one tensor, which begin anywhere.
 @triton.jit(do_not_specialize_on_alignment=FOUND)
 def _edit_kernel(
-    logits, temperature, keys, cell_starts, cell_tokens, cell_bias, cell_repetition, cell_penalty,
-    peaks, peak_tokens, draws, draw_tokens, vocab, stretch, stride, BLOCK: tl.constexpr,
+    logits, temperature, keys, cell_starts, cell_tokens, cell_bias, penalties, owners, uncounted, held, latest,
+    peaks, peak_tokens, draws, draw_tokens, vocab, stretch, stride, stride_held, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     begin = part * stretch
@@ -125,8 +161,6 @@ def _edit_kernel(
         token = tl.load(cell_tokens + cell, mask=cell < last_cell, other=-1)
         mine = (token >= begin) & (token < end)
         x = tl.load(base + token, mask=mine, other=0.0) + tl.load(cell_bias + cell, mask=mine, other=0.0)
-        repetition = tl.load(cell_repetition + cell, mask=mine, other=1.0)
-        x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition) - tl.load(cell_penalty + cell, mask=mine, other=0.0)
         tl.store(base + token, x, mask=mine)
     tl.debug_barrier()  # other threads of this program read what was stored
 
@@ -134,12 +168,20 @@ def _edit_kernel(
     drawn = t >= GREEDY_BELOW
     key0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
     key1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
+    repetition, presence, frequency, penalized = _penalties(penalties, row)
+    owner = tl.load(owners + row)
+    newest = tl.where(tl.load(uncounted + row) > 0, tl.load(latest + owner), -1)
     peak, peak_token = float("-inf"), 2**31 - 1
     best, best_token = float("-inf"), 2**31 - 1
     broken = 0
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         x = tl.load(base + token, mask=token < end, other=float("-inf"))
+        if penalized:
+            of_token = tl.load(held + owner * stride_held + token, mask=token < end, other=0)
+            of_token = _counted(of_token, token == newest)
+            x = _penalized(x, of_token, repetition, presence, frequency)
+            tl.store(base + token, x, mask=(token < end) & (of_token > 0))
         broken += tl.sum(tl.where(x == x, 0, 1), 0)
         value, at = tl.max(x, 0, return_indices=True)
         peak, peak_token = _better(value, start + at, peak, peak_token)
@@ -188,7 +230,8 @@ def _threshold(base, vocab, peak, t, floor, wanted, MASS: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize_on_alignment=FOUND)
 def _choose_kernel(
-    logits, temperature, top_k, top_p, min_p, keys, peaks, peak_tokens, draws, draw_tokens, tokens, finite, vocab, stride,
+    logits, temperature, top_k, top_p, min_p, keys, penalties, owners, uncounted, held, latest,
+    peaks, peak_tokens, draws, draw_tokens, tokens, finite, vocab, stride, stride_held,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -227,6 +270,11 @@ def _choose_kernel(
             chosen = tl.load(draw_tokens + row * PARTS + at_draw)
     tl.store(tokens + row, tl.where(whole, chosen, 0).to(tl.int64))
     tl.store(finite + row, whole)
+    _, _, _, penalized = _penalties(penalties, row)
+    if penalized & (tl.load(uncounted + row) > 0):
+        owner = tl.load(owners + row)
+        of_token = held + owner * stride_held + tl.load(latest + owner)
+        tl.store(of_token, _counted(tl.load(of_token), True))
 
 
 def sample_rule(shape: Shape, on: Chip) -> SampleLaunch:
@@ -267,11 +315,14 @@ def sample(logits: Tensor, rows: SampleRows, launch: SampleLaunch | None = None)
     best = torch.empty(2, count, parts, dtype=torch.float32, device=logits.device)
     at = torch.empty(2, count, parts, dtype=torch.int32, device=logits.device)
     _edit_kernel[(count, parts)](
-        logits, rows.temperature, rows.keys, rows.cell_starts, rows.cell_tokens, rows.cell_bias, rows.cell_repetition, rows.cell_penalty,
-        best[0], at[0], best[1], at[1], vocab, stretch, logits.stride(0), BLOCK=block, num_warps=launch.num_warps,
+        logits, rows.temperature, rows.keys, rows.cell_starts, rows.cell_tokens, rows.cell_bias,
+        rows.penalties, rows.owners, rows.uncounted, rows.held, rows.latest, best[0], at[0], best[1], at[1],
+        vocab, stretch, logits.stride(0), rows.held.stride(0), BLOCK=block, num_warps=launch.num_warps,
     )  # fmt: skip
     _choose_kernel[(count,)](
-        logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.keys, best[0], at[0], best[1], at[1], tokens, finite,
-        vocab, logits.stride(0), PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts), BLOCK=block, num_warps=launch.num_warps,
+        logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.keys,
+        rows.penalties, rows.owners, rows.uncounted, rows.held, rows.latest, best[0], at[0], best[1], at[1], tokens, finite,
+        vocab, logits.stride(0), rows.held.stride(0),
+        PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts), BLOCK=block, num_warps=launch.num_warps,
     )  # fmt: skip
     return tokens, finite

@@ -8,8 +8,8 @@ left out. One that turns out to have ended by a token, to be aborted, or to have
 that row is dropped. It wrote only behind the sequence's last token, into a page that was the sequence's own when the step was issued,
 and whoever is given that page next writes in a later step.
 
-Where the outcome does decide there is no such plan, and the next one waits for the present step: a sequence with penalties or a grammar
-(its next logits depend on the token's value) or prompt logprobs, a newcomer that has a place, a copy on write, a lack of pages.
+Where the outcome does decide there is no such plan, and the next one waits for the present step: a sequence with a grammar (what it allows
+depends on the token's value) or prompt logprobs, a newcomer that has a place, a copy on write, a lack of pages.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _waits_for_outcome(s: Sequence, end: int) -> bool:
 
 
 def _needs_values(p: SamplingParams) -> bool:
-    return p.penalized or bool(p.grammar) or p.prompt_logprobs is not None
+    return bool(p.grammar) or p.prompt_logprobs is not None
 
 
 def _hold(scheduler: Scheduler, rows: Planned) -> bool:

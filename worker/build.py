@@ -121,7 +121,7 @@ def _runner(
         return ModelRunner(rank.model, kv, Sampler(config.eos_token_ids, config.vocab_size), *rest)
     from .device_sampler import DeviceSampler  # Triton is not installed everywhere
 
-    sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, kv.pool.device)
+    sampler = DeviceSampler(config.eos_token_ids, config.vocab_size, _max_running(options), kv.pool.device)
     return DeviceRunner(rank.model, kv, sampler, *rest, how=_decoding(rank, options), group=group)
 
 

@@ -71,13 +71,16 @@ class DeviceLayers:
         max_running: sequences known at once.
         max_len: tokens of one sequence at most.
         how: graphs, and shared prefixes.
+
+    Attributes:
+        latest: int64 [max_running], the token that each sequence has drawn last, by its place in the table; on the device.
     """
 
     def __init__(self, model: DecoderModel, kv: KVStore, table: SequenceTable, max_running: int, max_len: int, how: Decoding) -> None:
         device = kv.pool.device
         self._model, self._kv, self._table = model, kv, table
         self._staging, self._samples = Staging(device), Staging(device)
-        self._latest = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self.latest = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._max_running, self._max_len = max_running, max_len
         width = -(-max_len // kv.page_size)
         self.graphs = None if how.capture is None else DecodeGraphs(self._forward, max_running, width, device, how.capture)
@@ -124,7 +127,7 @@ class DeviceLayers:
 
     def keep(self, ending: Ending, tokens: Tensor) -> list[Pending]:
         """The next step takes `tokens`, int64 [S] on the device, from there; in the table they are PENDING."""
-        self._latest[ending.owners] = tokens
+        self.latest[ending.owners] = tokens
         drawn = [Pending(row.seq, slot, slot.num_tokens) for row, slot in zip(ending.rows, ending.slots, strict=True)]
         for slot in ending.slots:
             self._table.append(slot, PENDING)
@@ -155,7 +158,7 @@ class DeviceLayers:
         return self._shares and worth_sharing(self._max_running, self._kv.num_pages, self._kv.page_bytes, graphed=False)
 
     def _forward(self, tokens: Tensor, owners: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
-        known = torch.where(tokens == PENDING, self._latest[owners], tokens)
+        known = torch.where(tokens == PENDING, self.latest[owners], tokens)
         return self._model.forward(known, positions, batch, self._kv)
 
 

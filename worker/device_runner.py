@@ -24,9 +24,10 @@ from .kv_store import KVStore
 from .model import DecoderModel
 from .page_mover import PageMover
 from .parallel import RankGroup
-from .plan import Sampled, StepPlan, StepResult
+from .plan import NewSequence, Sampled, StepPlan, StepResult
 from .protocol import TokenLogprob
 from .runner import FollowerRunner, ModelRunner
+from .sampler import Held
 from .staging import TURNS, Mark
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class DeviceRunner(ModelRunner):
     def _issue(self, plan: StepPlan, share: bool = False) -> _Issued:
         self._note(plan)
         self._move(plan)
+        self._draws.learn([self._held(new) for new in plan.new if new.params.penalized])
         if not plan.rows:
             return _Issued(plan, [], None, Mark(self._device), ())
         step = self._table.gather(plan.rows)
@@ -127,10 +129,15 @@ class DeviceRunner(ModelRunner):
         if ending is None:
             return _Issued(plan, [], None, Mark(self._device), scores)
         wanted = self._wanted(ending.rows, ending.slots)
-        drawing = self._draws.begin(self._model.logits(ending.hidden), wanted)
+        places = [slot.index for slot in ending.slots]
+        drawing = self._draws.begin(self._model.logits(ending.hidden), wanted, places, self._layers.latest)
         if self._group is not None:
             self._group.share(drawing.tokens)
         return _Issued(plan, self._layers.keep(ending, drawing.tokens), drawing, Mark(self._device), scores)
+
+    def _held(self, new: NewSequence) -> Held:
+        slot = self._table[new.seq]
+        return Held(slot.index, self._table.tokens(slot), new.prompt_len)
 
     def _collect(self, issued: _Issued) -> StepResult:
         sampled: dict[int, Sampled] = {}

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..kernels.sampling import SampleRows, sample
+from ..kernels.sampling import MOST_COUNTED, SampleRows, sample
 from .counter_rng import stream_keys
 from .protocol import TokenLogprob
-from .sampler import Drawn, Sampler, SamplingRow, outcomes, reported
+from .sampler import Drawn, Held, Sampler, SamplingRow, outcomes, reported
 from .staging import Answer, Staging
 
 Ints = npt.NDArray[np.int32]
@@ -48,38 +48,85 @@ class Drawing:
 
 
 class DeviceSampler(Sampler):
-    """Draws the next token of every row of a batch. Not more than `staging.TURNS` drawings may be under way."""
+    """Draws the next token of every row of a batch. Not more than `staging.TURNS` drawings may be under way.
 
-    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
+    How often a sequence with penalties holds each token is counted on the device (`SampleRows.held`): it is told once (`learn`), and the
+    tokens that are drawn later never leave the device. A draw may be repeated, for a row of a step that was dropped.
+
+    Args:
+        eos_token_ids, vocab_size: of the model.
+        places: sequences known at once.
+        device: where.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int, places: int, device: torch.device) -> None:
         super().__init__(eos_token_ids, vocab_size)
-        self._staging = Staging(device)
+        self._staging, self._learning = Staging(device), Staging(device)
+        self._held = torch.zeros(places, vocab_size, dtype=torch.int16, device=device)
+        self._counted = [0] * places  # tokens of each sequence
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
         """See `Sampler.sample`."""
-        return self.begin(logits, rows).result() if rows else []
+        if not rows:
+            return []
+        self.learn([Held(i, row.tokens, row.prompt_len) for i, row in enumerate(rows) if row.params.penalized])
+        return self.begin(logits, rows, range(len(rows)), torch.zeros(len(rows), dtype=torch.int64, device=logits.device)).result()
 
-    def begin(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawing:
+    def learn(self, sequences: Sequence[Held]) -> None:
+        """Sequences are new at their places. At most once a step."""
+        if not sequences:
+            return
+        places = np.array([s.place for s in sequences], np.int64)
+        ids, values = zip(*(_held(s) for s in sequences), strict=True)
+        cells = np.concatenate([place * self._held.shape[1] + some for place, some in zip(places, ids, strict=True)])
+        rows, at, held = self._learning.upload([places, cells, np.concatenate(values)])
+        self._held.index_fill_(0, rows, 0)
+        self._held.view(-1).index_copy_(0, at, held)
+        for s in sequences:
+            self._counted[s.place] = len(s.tokens)
+
+    def begin(self, logits: Tensor, rows: Sequence[SamplingRow], places: Sequence[int], latest: Tensor) -> Drawing:
         """Start a draw for each row. Of a row whose last token is not known yet only the number of tokens may count: see `ahead`.
 
         Args:
             logits: float32 [rows, vocab], rows contiguous. Overwritten.
             rows: in the order of `logits`; at least one.
+            places: of their sequences, whose latest tokens are `latest[place]`, int64 on the device.
         """
         scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         bound = [(i, row.allowed.words) for i, row in enumerate(rows) if row.allowed is not None]
-        places = [np.array(scored, np.int64), np.array([i for i, _ in bound], np.int64)]
+        some = [np.array(scored, np.int64), np.array([i for i, _ in bound], np.int64)]
         words = np.array([words.view(np.int32) for _, words in bound], np.int32)
-        *columns, chosen, masked, bits = self._staging.upload([*sample_rows(rows, self._eos), *places, words])
+        columns = [*sample_rows(rows, self._eos), np.array(places, np.int64), self._count(rows, places)]
+        *on_device, chosen, masked, bits = self._staging.upload([*columns, *some, words])
         raw = logits[chosen] if scored else None
         if bound:
             logits[masked] = torch.where(_spread(bits, logits.shape[1]), logits[masked], -math.inf)
-        tokens, finite = sample(logits, SampleRows(*columns))
+        tokens, finite = sample(logits, SampleRows(*[*on_device, self._held, latest]))
         logprobs: tuple[Tensor, ...] = ()
         if raw is not None:
             scores = torch.log_softmax(raw, dim=1)
             most = max(rows[i].params.logprobs or 0 for i in scored)
             logprobs = (scores.gather(1, tokens[chosen][:, None])[:, 0], *scores.topk(min(most, scores.shape[1]), dim=1))
         return Drawing(rows, tokens, finite, scored, logprobs)
+
+    def _count(self, rows: Sequence[SamplingRow], places: Sequence[int]) -> Ints:
+        """1 for each row with penalties that has gained a token since it was drawn for last; the device counts it."""
+        gained = np.zeros(len(rows), np.int32)
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            if row.params.penalized:
+                gained[i] = len(row.tokens) > self._counted[place]
+                self._counted[place] = len(row.tokens)
+        return gained
+
+
+def _held(of: Held) -> tuple[Ints, npt.NDArray[np.int16]]:
+    """The different tokens of a sequence, and for each what `SampleRows.held` says."""
+    said, times = np.unique(of.tokens[of.prompt_len :], return_counts=True)
+    ids = np.union1d(of.tokens[: of.prompt_len], said)
+    values = np.isin(ids, of.tokens[: of.prompt_len]).astype(np.int16)
+    values[np.searchsorted(ids, said)] += 2 * np.minimum(times, MOST_COUNTED.value).astype(np.int16)
+    return ids, values
 
 
 def _spread(words: Tensor, count: int) -> Tensor:
@@ -89,11 +136,11 @@ def _spread(words: Tensor, count: int) -> Tensor:
 
 
 def sample_rows(rows: Sequence[SamplingRow], eos: Sequence[int]) -> list[Ints | Floats]:
-    """The fields of `SampleRows`, on the host."""
+    """The first fields of `SampleRows`, on the host."""
     params = [row.params for row in rows]
-    edited = {i: _cells(row, eos) for i, row in enumerate(rows) if _is_edited(row)}  # few, as a rule
+    biased = {i: _cells(row, eos) for i, row in enumerate(rows) if row.params.logit_bias or row.banned}  # few, as a rule
     counts = np.zeros(len(rows) + 1, np.int32)
-    for i, (ids, *_) in edited.items():
+    for i, (ids, _) in biased.items():
         counts[i + 1] = len(ids)
     return [
         np.array([p.temperature for p in params], np.float32),
@@ -102,35 +149,12 @@ def sample_rows(rows: Sequence[SamplingRow], eos: Sequence[int]) -> list[Ints | 
         np.array([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], np.float32),
         stream_keys([row.seed for row in rows], [row.position for row in rows]).view(np.int32),
         np.cumsum(counts, dtype=np.int32),
-        *(map(np.concatenate, zip(*edited.values(), strict=True)) if edited else _NO_CELLS),
+        *(map(np.concatenate, zip(*biased.values(), strict=True)) if biased else (np.zeros(0, np.int32), np.zeros(0, np.float32))),
+        np.array([(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params], np.float32),
     ]
 
 
-_NO_CELLS = np.zeros(0, np.int32), *(np.zeros(0, np.float32) for _ in range(3))
-
-
-def _is_edited(row: SamplingRow) -> bool:
-    return row.params.penalized or bool(row.params.logit_bias) or row.banned
-
-
-def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats, Floats, Floats]:
-    """The logits of a row that are edited, each once: (tokens, bias, repetition, penalty), as `SampleRows` has them."""
-    p = row.params
-    banned = [*eos, *p.stop_token_ids] if row.banned else []
-    said, _ = _counted(row.tokens if p.repetition_penalty != 1.0 else row.tokens[:0])
-    counted = p.presence_penalty or p.frequency_penalty
-    seen, counts = _counted(row.tokens[row.prompt_len :] if counted else row.tokens[:0])
-    ids, _ = _counted(np.concatenate((np.array([*p.logit_bias, *banned], np.int32), seen, said)))
-    bias, repetition, penalty = np.zeros(len(ids), np.float32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32)
-    bias[np.searchsorted(ids, list(p.logit_bias))] = list(p.logit_bias.values())
-    bias[np.searchsorted(ids, banned)] = -math.inf
-    repetition[np.searchsorted(ids, said)] = p.repetition_penalty
-    penalty[np.searchsorted(ids, seen)] = counts * p.frequency_penalty + p.presence_penalty
-    return ids, bias, repetition, penalty
-
-
-def _counted(tokens: Ints) -> tuple[Ints, npt.NDArray[np.intp]]:
-    """The different ones, sorted, and how often each occurs: `np.unique`, several times as fast for some thousands."""
-    ordered = np.sort(tokens)
-    starts = np.flatnonzero(np.concatenate((np.ones(min(len(ordered), 1), bool), ordered[1:] != ordered[:-1])))
-    return ordered[starts], np.diff(np.append(starts, len(ordered)))
+def _cells(row: SamplingRow, eos: Sequence[int]) -> tuple[Ints, Floats]:
+    """The logits of a row that get a bias, each once: (tokens, bias)."""
+    bias = row.params.logit_bias | (dict.fromkeys((*eos, *row.params.stop_token_ids), -math.inf) if row.banned else {})
+    return np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)

@@ -42,6 +42,14 @@ class SamplingRow(NamedTuple):
         return self.allowed is None and len(self.tokens) - self.prompt_len < self.params.min_tokens
 
 
+class Held(NamedTuple):
+    """What a sequence holds, for a sampler that counts on from there."""
+
+    place: int  # where its counts are kept
+    tokens: npt.NDArray[np.int32]  # prompt and output so far
+    prompt_len: int
+
+
 class Drawn(NamedTuple):
     """The token of one row; `token` means nothing when there is an `error`."""
 
@@ -91,7 +99,7 @@ class Sampler:
                 repeated.add(i, row.tokens, p.repetition_penalty)
             if (p.presence_penalty or p.frequency_penalty) and len(row.tokens) > row.prompt_len:
                 seen, counts = np.unique(row.tokens[row.prompt_len :], return_counts=True)
-                counted.add(i, seen, counts * p.frequency_penalty + p.presence_penalty)
+                counted.add(i, seen, counts * float(np.float32(p.frequency_penalty)) + float(np.float32(p.presence_penalty)))
         # On a CPU through NumPy: few cells, not worth waking torch's threads for.
         cpu = logits.device.type == "cpu"
         matrix: Any = logits.numpy() if cpu else logits

@@ -95,7 +95,7 @@ class Answer:
         return [t.tolist() for t in self._host]
 
 
-_TYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+_TYPES = {"int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 def _layout(arrays: Sequence[Array]) -> tuple[list[int], int]:

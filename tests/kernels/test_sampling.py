@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from quire.kernels import reference
-from quire.kernels.sampling import SampleLaunch, SampleRows, sample
+from quire.kernels.sampling import MOST_COUNTED, SampleLaunch, SampleRows, sample
 from quire.worker.counter_rng import gumbel, stream_keys
 from quire.worker.protocol import SamplingParams
 from quire.worker.sampler import Sampler, SamplingRow
@@ -24,19 +26,24 @@ def _seeded() -> None:
 
 
 def rows_of(
-    params: list[SamplingParams], keys: np.ndarray, device: str, cells: dict[int, dict[int, tuple[float, float, float]]]
+    params: list[SamplingParams],
+    keys: np.ndarray,
+    device: str,
+    cells: dict[int, dict[int, float]],
+    held: torch.Tensor | None = None,
+    latest: tuple[int, ...] = (),
 ) -> SampleRows:
-    """cells: row -> token -> (bias, repetition, penalty)."""
+    """cells: row -> token -> bias; held: of each row; latest: uncounted tokens of each row."""
     starts, tokens, values = [0], [], []
     for row in range(len(params)):
         tokens += list(cells.get(row, {}))
         values += list(cells.get(row, {}).values())
         starts.append(len(tokens))
-    bias, repetition, penalty = torch.tensor(values or [(0.0, 1.0, 0.0)], dtype=torch.float32).unbind(1)
 
-    def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    count = len(params)
     return SampleRows(
         temperature=column([p.temperature for p in params], torch.float32),
         top_k=column([p.top_k for p in params], torch.int32),
@@ -45,9 +52,12 @@ def rows_of(
         keys=torch.from_numpy(keys.view(np.int32)).to(device),
         cell_starts=column(starts, torch.int32),
         cell_tokens=column(tokens or [0], torch.int32),
-        cell_bias=bias.contiguous().to(device),
-        cell_repetition=repetition.contiguous().to(device),
-        cell_penalty=penalty.contiguous().to(device),
+        cell_bias=column(values or [0.0], torch.float32),
+        penalties=column([(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params], torch.float32),
+        owners=column(list(reversed(range(count))), torch.int64),
+        uncounted=column([bool(latest)] * count, torch.int32),
+        held=(torch.full((1, 1), -1, dtype=torch.int16) if held is None else held.flip(0)).to(device),
+        latest=column(list(reversed(latest)) or [0] * count, torch.int64),
     )
 
 
@@ -128,28 +138,62 @@ def test_a_row_does_not_see_its_neighbours(device):
         assert alone.tolist() == [together[i]]
 
 
-def test_bias_penalties_and_bans_come_before_the_draw(device):
-    logits = torch.zeros(4, 700)
+def test_biases_and_bans_come_before_the_draw(device):
+    logits = torch.zeros(3, 700)
     logits[:, 10], logits[:, 600], logits[:, 3] = 5.0, 4.0, -1.0
-    cells = {
-        0: {10: (-math.inf, 1.0, 0.0)},  # banned
-        1: {10: (0.0, 2.0, 0.0), 3: (0.0, 2.0, 0.0)},  # 5 / 2 and -1 * 2
-        2: {10: (0.0, 1.0, 1.5), 3: (7.0, 1.0, 0.0)},  # 5 - 1.5 and -1 + 7
-    }
     given = logits.clone().to(device)
-    tokens, finite = sample(given, rows_of([GREEDY] * 4, keys_for(4), device, cells), SMALL)
-    assert tokens.tolist() == [600, 600, 3, 10]
+    cells = {0: {10: -math.inf}, 1: {10: -1.5, 3: 7.0}}
+    tokens, finite = sample(given, rows_of([GREEDY] * 3, keys_for(3), device, cells), SMALL)
+    assert tokens.tolist() == [600, 3, 10]
     assert finite.all()
-    given = given.cpu()
-    assert (given[1, 10], given[1, 3], given[2, 10], given[2, 3]) == (2.5, -2.0, 3.5, 6.0)
-    untouched = torch.ones_like(logits, dtype=torch.bool)
-    untouched[0, 10] = untouched[1, 10] = untouched[1, 3] = untouched[2, 10] = untouched[2, 3] = False
-    assert torch.equal(given[untouched], logits[untouched])
+    logits[0, 10], logits[1, 10], logits[1, 3] = -math.inf, 3.5, 6.0
+    assert torch.equal(given.cpu(), logits)
+
+
+def test_penalties_of_what_is_held(device):
+    """Tokens 10 and 3 are in the prompt, 600 twice in the output, 3 once; 650 and 600 have been drawn and are counted now."""
+    logits = torch.zeros(5, 700)
+    logits[:, 10], logits[:, 600], logits[:, 3], logits[:, 650] = 5.0, 4.0, -1.0, 2.0
+    held = torch.zeros(5, 700, dtype=torch.int16)
+    held[:, 10], held[:, 600], held[:, 3] = 1, 4, 3
+    params = [
+        SamplingParams(temperature=0.0, repetition_penalty=2.0),
+        SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25),
+        SamplingParams(temperature=0.0, repetition_penalty=2.0, frequency_penalty=-1.0),
+        GREEDY,
+        SamplingParams(temperature=0.0, frequency_penalty=0.1),
+    ]
+    rows = rows_of(params, keys_for(5), device, {2: {10: 1.0}}, held, latest=(650, 600, 650, 600, 3))
+    given, counts = logits.clone().to(device), rows.held.clone().cpu()
+    tokens, finite = sample(given, rows, SMALL)
+    assert finite.all()
+    of = given.cpu()
+    assert [of[0, t].item() for t in (10, 600, 3, 650, 0)] == [2.5, 2.0, -2.0, 1.0, 0.0]
+    assert [of[1, t].item() for t in (10, 600, 3, 650)] == [5.0, 4.0 - 0.5 - 3 * 0.25, -1.0 - 0.5 - 0.25, 2.0]
+    assert [of[2, t].item() for t in (10, 600, 3, 650)] == [3.0, 2.0 + 2.0, -2.0 + 1.0, 1.0 + 1.0]
+    assert torch.equal(of[3], logits[3])
+    assert of[4, 3] == np.float32(-1.0) - np.float32(2 * float(np.float32(0.1)))
+    assert tokens.tolist() == [10, 10, 600, 10, 10]
+    for row, newest in ((0, 650), (1, 600), (2, 650), (4, 3)):
+        counts[4 - row, newest] += 2
+    assert torch.equal(rows.held.cpu(), counts), "each is counted once, and who has no penalties is not"
+    again, _ = sample(logits.clone().to(device), replace(rows, uncounted=torch.zeros_like(rows.uncounted)), SMALL)
+    assert again.tolist() == tokens.tolist()
+    assert torch.equal(rows.held.cpu(), counts)
+
+
+def test_counts_do_not_overflow(device):
+    held = torch.full((1, 300), 2 * MOST_COUNTED.value + 1, dtype=torch.int16)
+    rows = rows_of([SamplingParams(temperature=0.0, frequency_penalty=1.0)], keys_for(1), device, {}, held, latest=(7,))
+    logits = torch.zeros(1, 300, device=device)
+    sample(logits, rows, SMALL)
+    assert set(logits.flatten().tolist()) == {-float(MOST_COUNTED.value)}
+    assert torch.equal(rows.held.cpu(), held)
 
 
 def test_more_edits_than_a_program_takes_at_once(device):
     logits = torch.randn(1, 600)
-    cells = {0: {token: (-math.inf, 1.0, 0.0) for token in range(600) if token != 431}}
+    cells = {0: {token: -math.inf for token in range(600) if token != 431}}
     tokens, _ = sample(logits.to(device), rows_of([SamplingParams()], keys_for(1), device, cells), SMALL)
     assert tokens.tolist() == [431]
 

@@ -93,9 +93,7 @@ def test_who_is_frozen_while_the_next_step_is_under_way_goes_on_as_if_it_had_not
         assert [t for o in outputs if o.request_id == name for t in o.tokens] == expected_output(prompt, 1, 6, ignore_eos=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("presence_penalty", 0.5), ("frequency_penalty", 0.5), ("repetition_penalty", 1.1), ("prompt_logprobs", 0), ("grammar", "start: /a+/")
-])  # fmt: skip
+@pytest.mark.parametrize(("name", "value"), [("prompt_logprobs", 0), ("grammar", "start: /a+/")])
 def test_who_needs_values_is_waited_for(name, value):
     engine = started(request("a", [1, 2]), request("b", [3], **{name: value}))
     engine.scheduler.plan()

@@ -44,7 +44,7 @@ def engine(path: Path, device: str, capture: Callable | None, **options) -> LLM:
     plain = llm.engine.runner
     assert isinstance(plain, ModelRunner)
     info, kv = llm.engine.info, plain._kv
-    sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, kv.pool.device)
+    sampler = DeviceSampler(info.eos_token_ids, info.vocab_size, sizes["max_running"], kv.pool.device)
     llm.engine.runner = DeviceRunner(
         plain._model, kv, sampler, plain._constraints, sizes["max_running"], info.max_model_len, how=Decoding(capture)
     )
@@ -79,6 +79,20 @@ def outputs(llm: LLM, params: list[SamplingParams]) -> list:
     return [(a.token_ids, [[t for t, _ in lp.top] for lp in a.logprobs or ()]) for a in answers]
 
 
+def watched(llm: LLM) -> list[bool]:
+    """Of each step to come, whether the next one is begun before it has ended."""
+    runner, begun = llm.engine.runner, []
+    run_ahead = runner.run_ahead
+
+    def noted(plan, following):
+        result = run_ahead(plan, following)
+        begun.append(runner._ahead is not None)
+        return result
+
+    runner.run_ahead = noted
+    return begun
+
+
 def test_the_buckets_of_a_batch():
     assert buckets_up_to(1) == (1,)
     assert buckets_up_to(3) == (1, 2, 3)
@@ -90,15 +104,7 @@ def test_the_buckets_of_a_batch():
 def test_graphs_ahead_give_the_tokens_of_the_plain_path(checkpoint, device, expected):
     capture = capture_of(device)
     llm = engine(checkpoint, device, capture)
-    runner, begun = llm.engine.runner, []
-    run_ahead = runner.run_ahead
-
-    def watched(plan, following):
-        result = run_ahead(plan, following)
-        begun.append(runner._ahead is not None)
-        return result
-
-    runner.run_ahead = watched
+    runner, begun = llm.engine.runner, watched(llm)
     assert outputs(llm, MIXED) == expected
     assert begun.count(True) >= 4, "decode steps are begun ahead"
     assert set(runner._layers.graphs._graphs) <= {1, 2, 3}
@@ -118,9 +124,15 @@ def test_graphs_of_the_deterministic_mode_give_the_bits_of_its_eager_steps(check
 
 @pytest.mark.slow
 def test_without_graphs_too_and_with_penalties(checkpoint, device):
-    params = [SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, repetition_penalty=1.3, presence_penalty=0.5)] * 3
+    """Also where pages lack, so that sequences are preempted and come again with their output."""
+    how = {"max_tokens": 16, "ignore_eos": True, "frequency_penalty": 0.6, "presence_penalty": 0.5}
+    params = [SamplingParams(temperature=0.0, repetition_penalty=1.3, **how), *[SamplingParams(seed=i, **how) for i in range(2)]]
     plain = LLM(str(checkpoint), progress=False, attention="torch", device="cpu", page_size=16, kv_pages=12, threads=1)
-    assert outputs(engine(checkpoint, device, None), params) == outputs(plain, params)
+    llm = engine(checkpoint, device, None, kv_pages=6, preemption="recompute")
+    begun = watched(llm)
+    assert outputs(llm, params) == outputs(plain, params)
+    assert begun.count(True) >= 8, "they are begun ahead"
+    assert llm.engine.scheduler.decisions.counts["recompute"] > 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 from quire.worker.constraint import Allowed
 from quire.worker.device_sampler import DeviceSampler, sample_rows
 from quire.worker.protocol import SamplingParams
-from quire.worker.sampler import Sampler, SamplingRow
+from quire.worker.sampler import Held, Sampler, SamplingRow
+from quire.worker.sequence_table import PENDING
 from quire.worker.staging import ALIGNMENT, Staging, size_of
 
 VOCAB, EOS = 300, (2, 7)
@@ -64,7 +65,7 @@ def scores() -> torch.Tensor:
 
 def test_the_same_tokens_and_log_probabilities(device):
     expected = Sampler(EOS, VOCAB).sample(scores(), rows())
-    got = DeviceSampler(EOS, VOCAB, device).sample(scores().to(device), rows())
+    got = DeviceSampler(EOS, VOCAB, len(PARAMS), device).sample(scores().to(device), rows())
     assert [d.token for d in got] == [d.token for d in expected]
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours.logprob is None) == (theirs.logprob is None)
@@ -78,7 +79,7 @@ def test_the_same_tokens_and_log_probabilities(device):
 def test_grammars_in_a_mixed_batch(device):
     free = Sampler(EOS, VOCAB).sample(scores(), rows())
     expected = Sampler(EOS, VOCAB).sample(scores(), mixed())
-    got = DeviceSampler(EOS, VOCAB, device).sample(scores().to(device), mixed())
+    got = DeviceSampler(EOS, VOCAB, len(PARAMS), device).sample(scores().to(device), mixed())
     assert [(d.token, d.error) for d in got] == [(d.token, d.error) for d in expected]
     assert got[7] == (0, None, "it does not go on")
     assert [got[i].token for i in (1, 4)] == [free[i].token for i in (1, 4)], "who has no grammar does not notice"
@@ -95,20 +96,55 @@ def test_grammars_in_a_mixed_batch(device):
 def test_a_row_that_is_not_finite_fails_alone(device):
     logits = scores()
     logits[6, 3] = math.nan
-    got = DeviceSampler(EOS, VOCAB, device).sample(logits.to(device), rows())
+    got = DeviceSampler(EOS, VOCAB, len(PARAMS), device).sample(logits.to(device), rows())
     assert [d.error is None for d in got] == [True] * 6 + [False, True]
     assert got[6].logprob is None
     assert got[7].logprob is not None
 
 
-def test_each_token_is_edited_once():
-    both = SamplingParams(logit_bias={4: 1.0, 9: -1.0}, stop_token_ids=(9,), min_tokens=5, repetition_penalty=1.5, frequency_penalty=0.5)
-    *_, starts, ids, bias, repetition, penalty = sample_rows([SamplingRow(both, 1, 4, 1, np.array([9, 4, 4, 6], np.int32))], (2,))
-    assert starts.tolist() == [0, 4]
-    assert ids.tolist() == [2, 4, 6, 9]
-    assert bias.tolist() == [-math.inf, 1.0, 0.0, -math.inf]
-    assert repetition.tolist() == [1.0, 1.5, 1.5, 1.5]
-    assert penalty.tolist() == [0.0, 1.0, 0.5, 0.0]
+def test_each_token_is_biased_once():
+    both = SamplingParams(logit_bias={4: 1.0, 9: -1.0}, stop_token_ids=(9,), min_tokens=5)
+    *_, starts, ids, bias, penalties = sample_rows([SamplingRow(both, 1, 4, 1, np.array([9, 4, 4, 6], np.int32))], (2,))
+    assert starts.tolist() == [0, 3]
+    assert dict(zip(ids.tolist(), bias.tolist(), strict=True)) == {4: 1.0, 9: -math.inf, 2: -math.inf}
+    assert penalties.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_what_is_drawn_counts_though_the_host_has_not_heard_of_it(device):
+    """Eight steps, in all of which the host's last token is wrong; some are drawn twice, as after a row that was dropped."""
+    draws, expected = [], []
+    params = [
+        SamplingParams(temperature=0.0, frequency_penalty=0.7),
+        SamplingParams(temperature=0.0, presence_penalty=0.9, repetition_penalty=1.3),
+        SamplingParams(seed=1, repetition_penalty=1.5, frequency_penalty=0.1),
+        SamplingParams(temperature=0.0),
+    ]
+    torch.manual_seed(0)
+    logits = torch.randn(len(params), VOCAB)
+    logits[:, :6] += 4.0  # a few tokens that come again and again
+    texts = [[5, 17, 17, *([3] if i == 1 else [])] for i in range(len(params))]  # one comes with output, as after a preemption
+    places = [2, 0, 3, 1]
+    sampler = DeviceSampler(EOS, VOCAB, len(params), device)
+    sampler.learn([Held(place, np.arange(40, dtype=np.int32), 0) for place in places])  # who had these places before
+    latest = torch.zeros(len(params), dtype=torch.int64, device=device)
+    sampler.learn([Held(places[i], np.array(texts[i], np.int32), 3) for i in range(3)])
+    for step in range(8):
+        row = [SamplingRow(p, 9, len(text), 3, np.array(text, np.int32)) for p, text in zip(params, texts, strict=True)]
+        unheard = [r._replace(tokens=np.array([*r.tokens[:-1], PENDING], np.int32)) if step else r for r in row]
+        for _ in range(1 + (step in (0, 4, 7))):
+            drawing = sampler.begin(logits.clone().to(device), unheard, places, latest)
+            draws.append([d.token for d in drawing.result()])
+            expected.append([d.token for d in Sampler(EOS, VOCAB).sample(logits.clone(), row)])
+        latest[torch.tensor(places, device=device)] = drawing.tokens
+        for text, token in zip(texts, draws[-1], strict=True):
+            text.append(token)
+    assert draws == expected
+    for text, place in zip(texts[:3], places, strict=False):
+        *before, _ = text  # what was drawn last is counted by the next draw
+        said = np.bincount(before[3:], minlength=VOCAB)
+        assert sampler._held[place].tolist() == (2 * said + np.isin(np.arange(VOCAB), text[:3])).tolist()
+    assert all(len(set(text[3:])) > 2 for text in texts[:3])
+    assert len(set(texts[3][3:])) == 1
 
 
 def test_staging_keeps_places_and_alignment(device):
