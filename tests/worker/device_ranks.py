@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from ranks import KEY, follower_process, generate, tokens
 from torch import Tensor
@@ -24,7 +25,8 @@ from quire.worker.parallel import lead
 from quire.worker.plan import StepPlan, StepResult
 from quire.worker.protocol import SamplingParams
 from quire.worker.rendezvous import LOOPBACK, address_of, listen
-from quire.worker.sampler import Sampler, SamplingRow
+from quire.worker.sampler import Held, Sampler, SamplingRow
+from quire.worker.sequence_table import PENDING
 
 Patch = Callable[[Any, str, Any], None]
 
@@ -66,11 +68,15 @@ class RecordableOps:
 class HostSampler(Sampler):
     """`DeviceSampler` without Triton."""
 
-    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], vocab_size: int, places: int, device: torch.device) -> None:
         super().__init__(eos_token_ids, vocab_size)
 
-    def begin(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Any:
-        drawn = self.sample(logits, rows)
+    def learn(self, sequences: Sequence[Held]) -> None:
+        """It counts anew for each draw."""
+
+    def begin(self, logits: Tensor, rows: Sequence[SamplingRow], places: Sequence[int], latest: Tensor) -> Any:
+        known = [np.where(row.tokens == PENDING, int(latest[place]), row.tokens) for row, place in zip(rows, places, strict=True)]
+        drawn = self.sample(logits, [row._replace(tokens=tokens) for row, tokens in zip(rows, known, strict=True)])
         return SimpleNamespace(tokens=torch.tensor([d.token for d in drawn]), result=lambda: drawn)
 
 
