@@ -243,9 +243,9 @@ _METHODS: dict[str, Callable[[Gpu, Any], Any]] = {
 
 
 def _load(gpu: Gpu, load: Callable[..., Any]) -> Callable[..., Any]:
-    def loaded(self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
+    def loaded(self: Any, ptrs: Any, mask: Any, other: Any, *how: Any, **more: Any) -> Any:
         gpu.reached(ptrs, mask, writes=False)
-        found = load(self, ptrs, mask, other, cache_policy, is_volatile)
+        found = load(self, ptrs, mask, other, *how, **more)
         if other is None and gpu.launching is not None:  # what a register holds then is anything
             unseen = ~np.broadcast_to(mask.data, found.data.shape).astype(bool)
             found.data.view(np.uint8).reshape(*found.data.shape, -1)[unseen] = 0xFF
@@ -255,8 +255,8 @@ def _load(gpu: Gpu, load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _store(gpu: Gpu, store: Callable[..., Any]) -> Callable[..., Any]:
-    def stored(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *how: Any, **more: Any) -> Any:
         gpu.reached(ptrs, mask, writes=True)
-        return store(self, ptrs, value, mask, cache_policy)
+        return store(self, ptrs, value, mask, *how, **more)
 
     return stored
