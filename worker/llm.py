@@ -122,14 +122,20 @@ class LLM:
         conversations: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
+        tools: Sequence[Message] = (),
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several, through the model's chat template.
+
+        Args:
+            conversations, params, progress: as for `generate`.
+            tools: what the model is told that it may call, in OpenAI's form. A call is part of its text, as the model writes it.
 
         Raises:
             BadRequest: as `generate`, or the model has no chat template.
         """
         several = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
-        texts: list[str | None] = [self.tokenizer.apply_chat_template(list(messages)) for messages in several]  # type: ignore[arg-type]
+        render = self.tokenizer.apply_chat_template
+        texts: list[str | None] = [render(list(messages), tools=tools) for messages in several]  # type: ignore[arg-type]
         return self._run(texts, [self.tokenizer.encode(text or "", add_special_tokens=False) for text in texts], params, progress)
 
     def default_params(self) -> SamplingParams:

@@ -75,6 +75,10 @@ def test_chat_goes_through_the_template(llm):
     two = llm.chat([talk, talk], SamplingParams(**GREEDY))
     assert one[0].prompt.endswith("<|im_start|>assistant\n")
     assert [o.outputs[0].text for o in two] == [one[0].outputs[0].text] * 2
+    tools = [{"type": "function", "function": {"name": "greet", "parameters": {"type": "object", "properties": {}}}}]
+    told = llm.chat(talk, SamplingParams(max_tokens=1), tools=tools)[0].prompt
+    assert "greet" in told
+    assert told.endswith("Say hello.<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_refusals_leave_nothing_behind(llm):
