@@ -123,8 +123,8 @@ def test_steps_that_are_planned_ahead_wait_for_nothing_but_their_own_ends(gpu, m
     if gpu is None:
         pytest.skip("a real GPU does not say what was waited for")
     served = engine(model, kv_pages=40, **SMALL)
-    for i in range(3):
-        submit(served, f"r{i}", prompt(i, 20), max_tokens=20)
+    for i, how in enumerate([{}, {"repetition_penalty": 1.1, "logprobs": 2}, {"seed": 1, "temperature": 1.0, "logit_bias": {5: 1.0}}]):
+        submit(served, f"r{i}", prompt(i, 20), max_tokens=20, **how)
     for _ in range(4):
         served.step()
     before = len(gpu.waits)
