@@ -1,4 +1,4 @@
-"""Kills processes of a running cluster at random times, and holds what its clients see against an undisturbed run.
+"""Kills processes of a running cluster at random points of their streams, and holds what its clients see against an undisturbed run.
 
     python benchmarks/recovery.py                     3 replicas of SmolLM2-135M, 24 streams, 20 kills: 6 to 8 minutes on two cores
     python benchmarks/recovery.py --rounds 4          a first look
@@ -40,6 +40,7 @@ ROUND_TIMEOUT_S = 240.0  # for every stream of a round to end
 RESTORE_TIMEOUT_S = 120.0  # from a kill until all processes are back
 REST_TIMEOUT_S = 30.0  # until no page is in use
 STATUS_EVERY_S = 0.2
+PROGRESS_EVERY_S = 0.005
 
 
 @dataclass
@@ -286,10 +287,12 @@ async def play(server: Server, bodies: list[dict[str, Any]]) -> tuple[list[Strea
     return streams, [asyncio.create_task(run_stream(server.url, stream)) for stream in streams]
 
 
-async def one_round(server: Server, args: argparse.Namespace, calm: list[Stream], kind: str, at_s: float, draw: random.Random) -> Round:
-    """Streams, one kill, and the way back."""
+async def one_round(server: Server, args: argparse.Namespace, calm: list[Stream], kind: str, share: float, draw: random.Random) -> Round:
+    """Streams, one kill when so much of all text has come, and the way back."""
+    begun_s = time.perf_counter()
     streams, tasks = await play(server, [stream.body for stream in calm])
-    await asyncio.sleep(at_s)
+    await _come(streams, share * sum(len(stream.times_s) for stream in calm))
+    at_s = time.perf_counter() - begun_s
     status = await asyncio.to_thread(server.status)
     if status is None:
         return Round("", kind, at_s, 0, 0.0, None, ["the controller was away before the kill"])
@@ -310,6 +313,14 @@ async def one_round(server: Server, args: argparse.Namespace, calm: list[Stream]
     pauses = [streams[i].longest_pause_s(killed_s) for i in hit if not streams[i].error]
     usual_s = statistics.median(b - a for s in calm for a, b in zip(s.times_s, s.times_s[1:], strict=False))
     return Round(victim.name, kind, at_s, len(hit), max(max(pauses, default=0.0) - usual_s, 0.0), restored_s, wrong)
+
+
+async def _come(streams: list[Stream], events: float) -> None:
+    """Until so many events have come in all, or the streams have ended."""
+    while True:
+        if sum(len(stream.times_s) for stream in streams) >= events or all(stream.ended for stream in streams):
+            return
+        await asyncio.sleep(PROGRESS_EVERY_S)
 
 
 async def _hit(server: Server, victim: Victim, status: dict[str, Any], streams: list[Stream]) -> set[int]:
@@ -341,7 +352,7 @@ async def bench(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     order = [kind for _ in range(-(-args.rounds // len(kinds))) for kind in draw.sample(kinds, len(kinds))][: args.rounds]
     rounds = []
     for number, kind in enumerate(tqdm(order, desc="kills", file=sys.stderr), start=1):
-        done = await one_round(server, args, calm, kind, draw.uniform(0.05, 0.8) * calm_s, draw)
+        done = await one_round(server, args, calm, kind, draw.uniform(0.05, 0.8), draw)
         rounds.append(done)
         back = "never" if done.restored_s is None else f"after {done.restored_s:.1f} s"
         words = f"{number:3}  {done.killed:18} at {done.at_s:5.1f} s  {done.hit:2} streams hit  pause {done.pause_s:5.2f} s  back {back}"
