@@ -77,8 +77,9 @@ class DeviceSampler(Sampler):
         if not sequences:
             return
         places = np.array([s.place for s in sequences], np.int64)
-        ids, values = zip(*(_held(s) for s in sequences), strict=True)
-        cells = np.concatenate([place * self._held.shape[1] + some for place, some in zip(places, ids, strict=True)])
+        vocab_size = self._held.shape[1]
+        ids, values = zip(*(_held(s, vocab_size) for s in sequences), strict=True)
+        cells = np.concatenate([place * vocab_size + some for place, some in zip(places, ids, strict=True)])
         rows, at, held = self._learning.upload([places, cells, np.concatenate(values)])
         self._held.index_fill_(0, rows, 0)
         self._held.view(-1).index_copy_(0, at, held)
@@ -120,13 +121,12 @@ class DeviceSampler(Sampler):
         return gained
 
 
-def _held(of: Held) -> tuple[Ints, npt.NDArray[np.int16]]:
+def _held(of: Held, vocab_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int16]]:
     """The different tokens of a sequence, and for each what `SampleRows.held` says."""
-    said, times = np.unique(of.tokens[of.prompt_len :], return_counts=True)
-    ids = np.union1d(of.tokens[: of.prompt_len], said)
-    values = np.isin(ids, of.tokens[: of.prompt_len]).astype(np.int16)
-    values[np.searchsorted(ids, said)] += 2 * np.minimum(times, MOST_COUNTED.value).astype(np.int16)
-    return ids, values
+    prompt, output = (np.bincount(tokens, minlength=vocab_size) for tokens in np.split(of.tokens, [of.prompt_len]))
+    values = 2 * np.minimum(output, MOST_COUNTED.value) + (prompt > 0)
+    ids = np.flatnonzero(values)
+    return ids, values[ids].astype(np.int16)
 
 
 def _spread(words: Tensor, count: int) -> Tensor:

@@ -181,20 +181,13 @@ class Gpu:
         fresh = [t for t in _tensors(made) if t.untyped_storage().data_ptr() not in given or not t.numel()]
         if _tensors(made) and not fresh and not func._schema.is_mutable:
             return made  # views
-        by = self.memory.issue(self.stream, name)
-        writes, reads = [], []
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            (writes if written else reads).extend(_tensors(value))
-        for argument in func._schema.arguments:
-            if argument.name in kwargs:
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                (writes if written else reads).extend(_tensors(kwargs[argument.name]))
-        if name.removeprefix("aten::") in EMPTY:
-            reads = []
-        for tensor, written in [*((t, False) for t in reads), *((t, True) for t in writes)]:
-            if tensor.dim() or self._reaches(tensor):  # numbers of the host may be given as tensors without axes
-                self._touch(by, tensor, written)
+        by, empty = self.memory.issue(self.stream, name), name.removeprefix("aten::") in EMPTY
+        arguments = func._schema.arguments
+        for argument, value in [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors(value) if writes or not empty else ():
+                if tensor.dim() or self._reaches(tensor):  # numbers of the host may be given as tensors without axes
+                    self._touch(by, tensor, writes)
         if not fresh:
             return made
         return tree_map(lambda x: self._own(x, by, name) if isinstance(x, Tensor) else x, made)

@@ -139,7 +139,9 @@ def test_steps_that_are_planned_ahead_wait_for_nothing_but_their_own_ends(gpu, m
 
 def test_a_page_whose_sequence_has_ended_is_filled_when_the_step_is_over_that_still_has_a_row_of_it(gpu, model) -> None:
     """It ended by a token, which nobody knew when that step was begun; meanwhile its pages are somebody else's, and a move writes them."""
-    stop = {k: tokens(some)[6] for (k, _), some in served_once(model).items()}["r0"]
+    alone = engine(model, device="cpu", kv_pages=10, **SMALL)
+    submit(alone, "r0", prompt(0, 20), max_tokens=20)
+    stop = tokens(drain(alone)["r0", 0])[6]
     served = engine(model, kv_pages=10, host_memory="1MiB", prefix_cache=False, **SMALL)
     for i in range(2):
         submit(served, f"r{i}", prompt(i, 20), max_tokens=20, stop_token_ids=(stop,) if i == 0 else (), ignore_eos=True)
@@ -157,9 +159,3 @@ def test_a_page_whose_sequence_has_ended_is_filled_when_the_step_is_over_that_st
     scheduler.pool.release(pages)
     drain(served)
     served.runner.close()
-
-
-def served_once(model: Path):
-    alone = engine(model, device="cpu", kv_pages=10, **SMALL)
-    submit(alone, "r0", prompt(0, 20), max_tokens=20)
-    return drain(alone)
