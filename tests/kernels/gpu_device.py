@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gpu_memory import Clock, Fault, Memory, Operation, Region, Which
-from gpu_tensor import GPU, Composing, GpuTensor, inner_of, is_gpu
+from gpu_tensor import GPU, Factories, GpuTensor, inner_of, is_gpu, pin
 from recorded_graph import WAITING, RecordedGraph, _storage
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -113,7 +113,7 @@ class Gpu:
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation of torch's with a tensor of this GPU."""
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with Composing():
+            with Factories():
                 return func.decompose(*args, **kwargs)  # inference mode leaves that to whoever dispatches
         name = func._schema.name.removeprefix("aten::")
         if name == "_to_copy" and torch.device(kwargs.get("device") or GPU).type == "cpu":
@@ -158,9 +158,9 @@ class Gpu:
                 return self.capturing._one(call, args, kwargs, makes)
             return call(*args, **kwargs)
 
-    def make(self, factory: Callable[..., Tensor], *args: Any, **kwargs: Any) -> GpuTensor:
+    def make(self, factory: Any, *args: Any, **kwargs: Any) -> GpuTensor:
         """A new tensor."""
-        numbers, name = factory(*args, **kwargs), factory.__name__
+        numbers, name = factory(*args, **kwargs), factory._schema.name.removeprefix("aten::")
         found = self.allocate(numbers.shape, numbers.dtype)
         if self.capturing is not None and self._captures():
             self.capturing._own[_storage(found)] = found
@@ -315,12 +315,6 @@ class Gpu:
 
 class _Anchor:
     """Lives as long as something that cannot be asked."""
-
-
-def pin(tensor: Tensor) -> Tensor:
-    """Pretend that this host memory is pinned."""
-    tensor.untyped_storage()._pretends_pinned = True
-    return tensor
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -98,14 +98,22 @@ class _Indexing(TorchDispatchMode):
         return tree_map(inner_of, made)
 
 
-class Composing(TorchDispatchMode):
-    """Makes the tensors that torch's own code asks for."""
+class Factories(TorchDispatchMode):
+    """Makes tensors here, and pinned ones on the host, whoever asks for them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(t, GpuTensor) for t in tree_flatten((args, kwargs))[0]) or not is_gpu(kwargs.get("device")):
+        if any(isinstance(t, GpuTensor) for t in tree_flatten((args, kwargs))[0]):
             return func(*args, **kwargs)
-        return present().make(func, *args, **(kwargs | {"device": None}))
+        if kwargs.get("pin_memory"):
+            return pin(func(*args, **(kwargs | {"pin_memory": None})))
+        return present().make(func, *args, **(kwargs | {"device": None})) if is_gpu(kwargs.get("device")) else func(*args, **kwargs)
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Pretend that this host memory is pinned."""
+    tensor.untyped_storage()._pretends_pinned = True
+    return tensor
 
 
 def inner_of(value: Any) -> Any:

@@ -28,15 +28,15 @@ from unittest import mock
 import gpu_tensor
 import numpy as np
 import torch
-from gpu_device import Gpu, pin
+from gpu_device import Gpu
 from gpu_memory import Clock, merge
-from gpu_tensor import GPU, Composing, GpuTensor, is_gpu, present
+from gpu_tensor import GPU, Factories, GpuTensor, is_gpu, pin, present
 from recorded_graph import RecordedGraph
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
-FACTORIES = "empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "randn", "rand", "randint", "randperm", "eye", "linspace"
+CONVERSIONS = "tensor", "as_tensor"  # which no mode is asked about
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def pretended() -> Iterator[Gpu]:
     with ExitStack() as stack:
         for owner, name, value in _patches(gpu):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(Composing())
+        stack.enter_context(Factories())
         try:
             yield gpu
             gpu.wait("the end", None)
@@ -125,7 +125,7 @@ def _patches(gpu: Gpu) -> list[tuple[Any, str, Any]]:
         "graph_pool_handle": lambda: 0, "graph": _capture, "manual_seed_all": lambda seed: None,
     }  # fmt: skip
     found: list[tuple[Any, str, Any]] = [(torch.cuda, name, value) for name, value in cuda.items()]
-    found += [(torch, name, _factory(gpu, getattr(torch, name))) for name in FACTORIES]
+    found += [(torch, name, _converted(gpu, getattr(torch, name))) for name in CONVERSIONS]
     found += [(Tensor, name, make(gpu, getattr(Tensor, name))) for name, make in _METHODS.items()]
     builder = interpreter.InterpreterBuilder
     found.append((builder, "create_masked_load", _load(gpu, builder.create_masked_load)))
@@ -155,7 +155,7 @@ class _Thread(threading.Thread):
 
     def _bootstrap_inner(self) -> None:
         _hear(self._heard)
-        with Composing():
+        with Factories():
             super()._bootstrap_inner()  # type: ignore[misc]
 
 
@@ -206,14 +206,12 @@ class _Condition(threading.Condition):
 _SimpleQueue = queue.SimpleQueue
 
 
-def _factory(gpu: Gpu, make: Callable[..., Any]) -> Callable[..., Any]:
-    def made(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        if not is_gpu(device):
-            here: Tensor = make(*args, device=device, **kwargs)
-            return pin(here) if pin_memory else here
-        if make.__name__ in ("tensor", "as_tensor"):
-            return gpu.bring(make(*args, **kwargs)) if not isinstance(args[0], GpuTensor) else args[0]
-        return gpu.make(make, *args, **kwargs)
+def _converted(gpu: Gpu, make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(data: Any, *, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if is_gpu(device):
+            return data if isinstance(data, GpuTensor) else gpu.bring(make(data, **kwargs))
+        here: Tensor = make(data, device=device, **kwargs)
+        return pin(here) if pin_memory else here
 
     return made
 
